@@ -1,0 +1,45 @@
+# Two commands: `make run` renders a picture with a LoRA on the embedded tiny model, `make test` checks everything.
+VENV := .venv
+PY := $(VENV)/bin/python
+# The first interpreter that is new enough; diffusers and transformers need Python 3.11.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+
+.PHONY: help run test lint types pytest bench clean
+
+help:
+	@echo "make run    set up .venv, render one LoRA request on the tiny model, save it under output/"
+	@echo "make test   set up .venv, then lint, types and tests"
+	@echo "make clean  remove .venv, caches and output/"
+
+$(PY):
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed (set PYTHON=/path/to/python3.11)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# Stamps make the second run install nothing.
+$(VENV)/.run: requirements.txt | $(PY)
+	$(PY) -m pip install --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/.dev: requirements-dev.txt $(VENV)/.run
+	$(PY) -m pip install --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+run: $(VENV)/.run
+	MODEL_ID=tiny LORA_CACHE_DIR=.cache/loras $(PY) handler.py --test_input '{"input": {"prompt": "a lighthouse at dusk", \
+	"width": 256, "height": 256, "num_inference_steps": 8, "seed": 7, "loras": [{"path": "tiny", "scale": 0.8}]}}'
+
+test: lint types pytest
+
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: $(VENV)/.dev
+	$(VENV)/bin/mypy
+
+pytest: $(VENV)/.dev
+	$(PY) -m pytest
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .cache output
