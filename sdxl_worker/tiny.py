@@ -1,0 +1,210 @@
+"""A random SDXL with the real structure, at any size, built in memory: nothing is downloaded.
+
+`MODEL_ID=tiny` serves it, the tests render with it and the benchmarks build its larger sizes. The block layout is
+SDXL's own (Down, CrossAttnDown, CrossAttnDown; two text encoders; text_time conditioning; an 8x VAE), so that LoRA
+key names mean the same modules; only widths and depths change.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionXLPipeline
+    from transformers import CLIPTextConfig, CLIPTokenizer
+
+EXAMPLE_LORA = "tiny-example.safetensors"
+
+
+@dataclass(frozen=True)
+class SdxlSize:
+    """Widths and depths of one SDXL; `heads` are attention heads per UNet level, `text*` are (width, layers, heads)."""
+
+    unet_channels: tuple[int, int, int]
+    transformer_layers: tuple[int, int, int]
+    heads: tuple[int, int, int]
+    text: tuple[int, int, int]
+    text_2: tuple[int, int, int]
+    projection_dim: int
+    time_embed_dim: int
+    vae_channels: tuple[int, int, int, int]
+    vocabulary: int
+    norm_groups: int
+    sample_size: int
+
+
+TINY = SdxlSize((16, 32, 32), (1, 1, 2), (2, 4, 4), (16, 2, 2), (24, 2, 2), 24, 8, (8, 8, 16, 16), 514, 4, 32)
+# 722 LoRA-able UNet linears and the real text encoder depths, at about 1/8 of the width.
+NARROW = SdxlSize(
+    (40, 80, 160), (1, 2, 10), (1, 2, 4), (96, 12, 2), (160, 32, 4), 160, 32, (16, 32, 64, 64), 2048, 8, 32
+)
+# stabilityai/stable-diffusion-xl-base-1.0
+FULL = SdxlSize(
+    (320, 640, 1280),
+    (1, 2, 10),
+    (5, 10, 20),
+    (768, 12, 12),
+    (1280, 32, 20),
+    1280,
+    256,
+    (128, 256, 512, 512),
+    49408,
+    32,
+    128,
+)
+
+# The scheduler config that SDXL 1.0 ships.
+SCHEDULER_CONFIG = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "timestep_spacing": "leading",
+    "steps_offset": 1,
+    "prediction_type": "epsilon",
+    "interpolation_type": "linear",
+}
+
+
+def build_sdxl(
+    size: SdxlSize = TINY, *, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0
+) -> StableDiffusionXLPipeline:
+    """A StableDiffusionXLPipeline with random weights, the same bits for the same arguments; global RNG untouched."""
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    with torch.random.fork_rng(devices=[device] if device.startswith("cuda") else []):
+        torch.manual_seed(seed)
+        with _default_dtype(dtype), torch.device(device):
+            unet, vae = _unet(size), _vae(size)
+            text_encoder = CLIPTextModel(_text_config(size, size.text, "quick_gelu"))
+            text_encoder_2 = CLIPTextModelWithProjection(_text_config(size, size.text_2, "gelu"))
+    pipeline = StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        text_encoder_2=text_encoder_2,
+        tokenizer=_tokenizer("<|endoftext|>"),
+        tokenizer_2=_tokenizer("!"),
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(**SCHEDULER_CONFIG),
+        add_watermarker=False,
+    )
+    return pipeline.to(device, dtype)
+
+
+def write_example_lora(folder: Path) -> Path:
+    """Put a LoRA that fits the TINY size into `folder` (created if missing) once, and return its path.
+
+    kohya key names, rank 4, alpha 4, every attention projection of the UNet; values are fixed by a seed. The file
+    appears whole or not at all.
+    """
+    from safetensors.torch import save_file
+
+    target = folder / EXAMPLE_LORA
+    if target.exists():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / f".{EXAMPLE_LORA}.{torch.randint(2**62, ()).item():x}.part"
+    metadata = {"ss_base_model_version": "sdxl_base_v1-0", "ss_output_name": "tiny example", "ss_network_dim": "4"}
+    save_file(_example_tensors(), str(unfinished), metadata)
+    unfinished.replace(target)
+    return target
+
+
+def _example_tensors() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    tensors = {}
+    with torch.device("meta"):
+        unet = _unet(TINY)
+    for name, module in unet.named_modules():
+        if ".attn" in name and isinstance(module, torch.nn.Linear):
+            key = "lora_unet_" + name.replace(".", "_")
+            tensors[f"{key}.lora_down.weight"] = torch.randn(4, module.in_features, generator=generator) * 0.3
+            tensors[f"{key}.lora_up.weight"] = torch.randn(module.out_features, 4, generator=generator) * 0.3
+            tensors[f"{key}.alpha"] = torch.tensor(4.0)
+    return tensors
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _unet(size: SdxlSize):
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=size.sample_size,
+        block_out_channels=size.unet_channels,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=2,
+        transformer_layers_per_block=list(size.transformer_layers),
+        attention_head_dim=list(size.heads),
+        cross_attention_dim=size.text[0] + size.text_2[0],
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=size.time_embed_dim,
+        projection_class_embeddings_input_dim=6 * size.time_embed_dim + size.projection_dim,
+        norm_num_groups=size.norm_groups,
+    )
+
+
+def _vae(size: SdxlSize):
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=size.vae_channels,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        latent_channels=4,
+        norm_num_groups=size.norm_groups,
+        scaling_factor=0.13025,
+        sample_size=8 * size.sample_size,
+    )
+
+
+def _text_config(size: SdxlSize, shape: tuple[int, int, int], activation: str) -> CLIPTextConfig:
+    from transformers import CLIPTextConfig
+
+    width, layers, heads = shape
+    return CLIPTextConfig(
+        vocab_size=size.vocabulary,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        projection_dim=size.projection_dim,
+        hidden_act=activation,
+        bos_token_id=512,
+        eos_token_id=513,
+        pad_token_id=513,
+    )
+
+
+def _tokenizer(pad_token: str) -> CLIPTokenizer:
+    """CLIP's byte-level tokenizer with no merges: 256 bytes, 256 bytes that end a word, start and end of text."""
+    from transformers import CLIPTokenizer
+
+    alphabet = _byte_characters()
+    tokens = [*alphabet, *(character + "</w>" for character in alphabet), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocabulary, merges=[], pad_token=pad_token, model_max_length=77)
+
+
+def _byte_characters() -> list[str]:
+    """The 256 printable characters that byte-level BPE writes bytes as, in GPT-2's order."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte) for byte in printable] + [chr(256 + index) for index, _ in enumerate(others)]
