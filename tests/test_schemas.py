@@ -1,0 +1,214 @@
+"""FAULTS rows 1-13: every bad input is refused at once, with every problem named."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+
+import schemas
+from schemas import FIELDS, INPUT_SCHEMA, validate_request
+from sdxl_worker.errors import InvalidRequest
+from sdxl_worker.request import LoraScale
+
+GOOD = {"prompt": "a lighthouse"}
+SURROGATE = "\ud800"
+
+
+def problem(**fields) -> str:
+    with pytest.raises(InvalidRequest) as caught:
+        validate_request({**GOOD, **fields})
+    message = str(caught.value)
+    assert message.isascii()
+    assert len(message) < 5_000
+    return message
+
+
+def test_defaults_are_the_documented_ones():
+    request = validate_request(GOOD)
+    assert (request.width, request.height, request.num_inference_steps, request.num_images) == (1024, 1024, 28, 1)
+    assert (request.scheduler, request.guidance_scale, request.negative_prompt) == ("K_EULER_ANCESTRAL", 5.5, "")
+    assert (request.loras, request.loras_requested, request.warnings) == ((), False, ())
+    assert (request.output_format, request.output_quality, request.preview) == ("png", 90, False)
+
+
+def test_a_missing_seed_is_random_and_small_enough_for_every_json_reader():
+    seeds = {validate_request(GOOD).seed for _ in range(20)}
+    assert len(seeds) > 10
+    assert all(0 <= seed < 2**53 for seed in seeds)
+
+
+@pytest.mark.parametrize("raw", [None, [], "text", 3, True])
+def test_row_1_input_that_is_not_an_object(raw):
+    with pytest.raises(InvalidRequest, match="input must be an object"):
+        validate_request(raw)
+
+
+def test_row_2_unknown_fields_are_named():
+    assert "'promt' is not an input field" in problem(promt="x")
+    assert r"'\ud800'" in problem(**{SURROGATE: 1})
+    problem(**{f"field{index}": 1 for index in range(10_000)})
+
+
+@pytest.mark.parametrize("prompt", [None, ["a"], 7, {}, "x" * 10_001])
+def test_row_3_prompt(prompt):
+    assert problem(prompt=prompt).startswith("prompt must")
+
+
+def test_row_3_prompt_is_required():
+    with pytest.raises(InvalidRequest, match="prompt is required"):
+        validate_request({"width": 1024})
+
+
+@pytest.mark.parametrize("field", ["prompt", "negative_prompt", "scheduler", "image_url", "output_format"])
+@pytest.mark.parametrize("bad", ["\0", SURROGATE])
+def test_row_4_nul_and_lone_surrogates(field, bad):
+    assert field in problem(**{field: f"http://a{bad}"})
+
+
+def test_row_4_lone_surrogate_in_a_lora_reference():
+    assert "entry 1" in problem(loras=["good", {"path": SURROGATE}])
+
+
+@pytest.mark.parametrize("side", [1001, 0, -64, 10**6, 64.0, "64", True, None, pytest.param(10**5000, id="huge")])
+def test_row_5_sides(side):
+    message = problem(width=side, height=side)
+    assert "width must be a whole number from 64 to 2048 and a multiple of 8" in message
+    assert "height" in message
+
+
+def test_row_5_budget():
+    assert "must be at most 268435456" in problem(width=2048, height=2048, num_inference_steps=65)
+    assert validate_request({**GOOD, "width": 2048, "height": 2048, "num_inference_steps": 64}).width == 2048
+    both = problem(width=2048, height=2048, num_inference_steps=200, seed=-1)
+    assert "seed" in both
+    assert "at most 268435456" in both
+
+
+@pytest.mark.parametrize("steps", [0, -3, 10**9, True, 2.5])
+def test_row_6_steps(steps):
+    assert "num_inference_steps must be a whole number from 1 to 200" in problem(num_inference_steps=steps)
+
+
+@pytest.mark.parametrize("guidance", [math.nan, math.inf, -math.inf, -1, "7", False, 10**400])
+def test_row_6_guidance(guidance):
+    assert "guidance_scale must be a number from 0 to 100" in problem(guidance_scale=guidance)
+
+
+def test_an_integer_guidance_becomes_a_float():
+    assert isinstance(validate_request({**GOOD, "guidance_scale": 7}).guidance_scale, float)
+
+
+@pytest.mark.parametrize("count", [0, 3, "1", True])
+def test_row_7_num_images(count):
+    assert "num_images must be a whole number from 1 to 2" in problem(num_images=count)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, 1.5, "1", True])
+def test_row_8_seed_states_its_range(seed):
+    assert "seed must be a whole number from 0 to 18446744073709551615" in problem(seed=seed)
+
+
+def test_the_largest_seed_is_kept():
+    assert validate_request({**GOOD, "seed": 2**64 - 1}).seed == 2**64 - 1
+
+
+@pytest.mark.parametrize("scheduler", [None, "EULER", "", 3])
+def test_row_9_scheduler_lists_the_names(scheduler):
+    assert "PNDM, KLMS, DDIM, K_EULER, K_EULER_ANCESTRAL" in problem(scheduler=scheduler)
+
+
+@pytest.mark.parametrize("loras", [None, {}, "name", 1])
+def test_row_10_loras_is_a_list(loras):
+    assert "loras must be a list" in problem(loras=loras)
+
+
+def test_row_10_number_of_loras():
+    assert "at most 32 entries" in problem(loras=["a"] * 33)
+
+
+MALFORMED = [42, {}, None, {"path": None}, {"path": 3}, []]
+BAD_SCALES = [math.nan, math.inf, "0.8", True, 10**400, None, {"unet": "1"}, {"vae": 1}, {"unet": math.nan}]
+
+
+@pytest.mark.parametrize("entry", [*MALFORMED, *({"path": "x", "scale": scale} for scale in BAD_SCALES)])
+def test_row_11_malformed_entries_are_skipped_and_named(entry):
+    request = validate_request({**GOOD, "loras": ["good", entry]})
+    assert [spec.reference for spec in request.loras] == ["good"]
+    assert len(request.warnings) == 1
+    assert request.warnings[0].startswith("loras[1] was skipped: it")
+    assert request.loras_requested
+
+
+def test_row_12_13_scales_and_repeats_are_kept():
+    request = validate_request(
+        {**GOOD, "loras": [{"path": "a", "scale": -1}, {"url": "a", "scale": 0}, {"source": "a"}, "a"]}
+    )
+    assert [spec.scale.unet for spec in request.loras] == [-1.0, 0.0, 1.0, 1.0]
+    assert request.loras[1].scale.is_zero
+    assert [spec.index for spec in request.loras] == [0, 1, 2, 3]
+
+
+def test_a_scale_per_part_of_the_model():
+    spec = validate_request({**GOOD, "loras": [{"path": "a", "scale": {"unet": 0.8, "text_encoder": 0}}]}).loras[0]
+    assert spec.scale == LoraScale(0.8, 0.0, 1.0)
+
+
+def test_an_unknown_key_of_an_entry_is_a_warning():
+    request = validate_request({**GOOD, "loras": [{"path": "a", "weight": 0.5}]})
+    assert request.warnings == ("loras[0]: ignored unknown 'weight'; known are path and scale",)
+
+
+@pytest.mark.parametrize("reference", ["", "..", "../x", "a\0b", "\\", "x" * 300])
+def test_row_14_the_form_of_a_reference_is_not_the_schema_s_business(reference):
+    assert validate_request({**GOOD, "loras": [reference]}).loras[0].reference == reference
+
+
+def test_every_problem_is_reported_at_once():
+    message = problem(prompt="", width=1, height="x", seed=-1, num_images=9, scheduler="?", loras={}, other=1)
+    for name in ("width", "height", "seed", "num_images", "scheduler", "loras", "'other'"):
+        assert name in message
+
+
+def test_requests_for_runpods_own_worker_are_accepted():
+    request = validate_request(
+        {
+            **GOOD,
+            "image_url": "https://example.com/a.png",
+            "strength": 0.5,
+            "refiner_inference_steps": 50,
+            "high_noise_frac": 0.8,
+            "negative_prompt": None,
+            "seed": None,
+        }
+    )
+    assert (request.image_url, request.strength, request.negative_prompt) == ("https://example.com/a.png", 0.5, "")
+    assert [warning.split()[0] for warning in request.warnings] == ["refiner_inference_steps", "high_noise_frac"]
+
+
+def test_image_to_image():
+    assert "image_url must be an http" in problem(image_url="file:///etc/passwd")
+    assert "secret" not in problem(image_url="ftp://user:secret@host/x")
+    assert "at least 1" in problem(image_url="https://a/b.png", num_inference_steps=2, strength=0.3)
+    assert "strength must be a number above 0 to 1" in problem(strength=0)
+    assert validate_request({**GOOD, "strength": 0.5}).warnings == ("strength has no effect without image_url",)
+
+
+@pytest.mark.parametrize(
+    ("field", "bad"), [("output_format", "gif"), ("output_quality", 0), ("output_quality", True), ("preview", 1)]
+)
+def test_output_fields(field, bad):
+    assert problem(**{field: bad}).startswith(f"{field} must be")
+
+
+def test_the_schema_is_in_the_sdk_s_format():
+    for name, field in FIELDS.items():
+        rules = INPUT_SCHEMA[name]
+        assert rules["required"] is field.required
+        assert field.required or rules["constraints"](rules["default"])
+    assert "errors" in schemas.validate({"prompt": "x", "loras": 3}, INPUT_SCHEMA)
+
+
+def test_validation_needs_no_torch():
+    code = "import schemas, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
