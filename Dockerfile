@@ -1,0 +1,52 @@
+# syntax=docker/dockerfile:1
+#
+#   docker build -t my-sdxl-worker .                                          SDXL base 1.0 inside the image
+#   docker build --build-arg MODEL_ID=SG161222/RealVisXL_V5.0 -t my-worker .  another model inside the image
+#   docker build --build-arg BAKE_MODEL=0 -t my-sdxl-worker .                 no weights: they come from RunPod's model
+#                                                                             cache, or are downloaded at the first start
+#   docker build --secret id=HF_TOKEN,env=HF_TOKEN ...                        a gated or private model
+
+# The torch wheel that requirements.txt pins is built for CUDA 13.0 and brings its CUDA libraries along (cuda-toolkit
+# 13.0.3 in its metadata), so the small "base" image is enough. A CUDA 13.x program runs on any driver of the 13.x
+# family (580 or newer): .runpod/hub.json allows exactly those hosts.
+FROM nvidia/cuda:13.0.3-base-ubuntu24.04
+
+RUN apt-get update \
+    && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends ca-certificates python3 python3-venv \
+    && rm -rf /var/lib/apt/lists/* \
+    && python3 -m venv /opt/venv
+
+# HF_HOME holds the baked weights. It must not lie under /runpod-volume or /models: mounting a volume hides these.
+# RUNPOD_MIN_CUDA_VERSION makes the SDK's own start-up check name a driver that is too old for this torch.
+ENV PATH=/opt/venv/bin:$PATH \
+    HF_HOME=/opt/huggingface \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    RUNPOD_MIN_CUDA_VERSION=13.0
+
+WORKDIR /app
+COPY requirements.txt ./
+RUN pip install --no-cache-dir --disable-pip-version-check -r requirements.txt
+
+# Serverless workers see the network volume at /runpod-volume. The link puts /models/loras on the volume where there is
+# one; where there is none the worker creates the target on the container disk when it starts.
+RUN ln -s /runpod-volume/models /models
+
+# What fetches the weights comes before the rest: an edit of the handler does not download them again.
+ARG BAKE_MODEL=1
+ARG MODEL_ID=stabilityai/stable-diffusion-xl-base-1.0
+ARG VAE_ID=madebyollin/sdxl-vae-fp16-fix
+ENV MODEL_ID=$MODEL_ID \
+    VAE_ID=$VAE_ID
+COPY sdxl_worker ./sdxl_worker
+COPY download_weights.py ./
+RUN --mount=type=secret,id=HF_TOKEN,required=false \
+    if [ "$BAKE_MODEL" = 1 ]; then \
+        if [ -f /run/secrets/HF_TOKEN ]; then HF_TOKEN="$(cat /run/secrets/HF_TOKEN)" && export HF_TOKEN; fi; \
+        python download_weights.py; \
+    fi
+
+COPY handler.py schemas.py test_input.json test_input_with_lora.json ./
+
+# The exec form: the worker gets RunPod's SIGTERM itself, and can finish its job.
+CMD ["python", "-u", "handler.py"]

@@ -1,0 +1,167 @@
+"""The image holds what the worker needs, nothing hides the baked weights, and it starts from the copied files alone."""
+
+import fnmatch
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path, PurePosixPath
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def instructions() -> list[tuple[str, str]]:
+    """(keyword, arguments) for each instruction of the Dockerfile, continuation lines joined."""
+    text = re.sub(r"^\s*#.*\n", "", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)
+    lines = re.sub(r"\\\n", " ", text).splitlines()
+    return [(line.split()[0], line.split(maxsplit=1)[1]) for line in lines if line.strip()]
+
+
+def arguments_of(keyword: str) -> list[str]:
+    return [arguments for name, arguments in instructions() if name == keyword]
+
+
+def copies() -> list[tuple[str, str]]:
+    """(source, target) of each COPY from the build context; a target that ends with / is a folder."""
+    pairs = []
+    for arguments in arguments_of("COPY"):
+        *sources, target = [word for word in shlex.split(arguments) if not word.startswith("--")]
+        pairs += [(source, target) for source in sources]
+    return pairs
+
+
+def environment() -> dict[str, str]:
+    return dict(word.split("=", 1) for arguments in arguments_of("ENV") for word in shlex.split(arguments))
+
+
+def is_ignored(path: str) -> bool:
+    """Docker's rule: the last pattern that matches the path or one of its folders decides, `!` takes it back in."""
+    ignored = False
+    names = [path, *(str(parent) for parent in PurePosixPath(path).parents if str(parent) != ".")]
+    for line in (ROOT / ".dockerignore").read_text().splitlines():
+        pattern = line.strip()
+        if not pattern or pattern.startswith("#"):
+            continue
+        plain = pattern.removeprefix("!").removeprefix("**/").rstrip("/")
+        parts = names if not pattern.startswith("**/") else [*names, *(PurePosixPath(name).name for name in names)]
+        if any(fnmatch.fnmatchcase(name, plain) for name in parts):
+            ignored = not pattern.startswith("!")
+    return ignored
+
+
+def copy_build_context(target: Path) -> None:
+    """What `docker build` would put into its working folder, and nothing else."""
+    for source, place in copies():
+        origin, folder = ROOT / source, target / place
+        if origin.is_dir():
+            shutil.copytree(origin, folder, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(origin, folder)
+
+
+def test_every_copied_file_is_in_the_build_context() -> None:
+    assert copies()
+    for source, target in copies():
+        assert (ROOT / source).exists(), source
+        assert not is_ignored(source), source
+        assert (ROOT / source).is_dir() or target.endswith("/"), "several files need a folder as target"
+
+
+def test_nothing_else_enters_the_build_context() -> None:
+    for path in (
+        ".git",
+        ".venv/bin/python",
+        "tests/test_x.py",
+        ".env",
+        "output/a.png",
+        "sdxl_worker/__pycache__/x.pyc",
+    ):
+        assert is_ignored(path), path
+    assert not is_ignored("sdxl_worker/settings.py")
+
+
+def test_requirements_are_installed_before_the_code_is_copied() -> None:
+    order = [f"{name} {arguments}" for name, arguments in instructions()]
+    installed = next(place for place, line in enumerate(order) if "pip install" in line)
+    assert "requirements.txt" in order[installed]
+    assert order.index("COPY requirements.txt ./") < installed < order.index("COPY sdxl_worker ./sdxl_worker")
+
+
+def test_models_is_a_link_to_the_volume_and_hides_no_baked_weights() -> None:
+    assert "ln -s /runpod-volume/models /models" in arguments_of("RUN")
+    home = PurePosixPath(environment()["HF_HOME"])
+    assert not home.is_relative_to("/models")
+    assert not home.is_relative_to("/runpod-volume")
+
+
+def test_weights_are_baked_unless_a_build_argument_says_no() -> None:
+    assert "BAKE_MODEL=1" in arguments_of("ARG")
+    (bake,) = [run for run in arguments_of("RUN") if "download_weights.py" in run]
+    assert re.search(r'if \[ "\$BAKE_MODEL" = 1 \]; then .*python download_weights\.py; +fi$', bake)
+    assert "/run/secrets/HF_TOKEN" in bake, "a token given as build argument would stay in the image"
+    assert environment()["MODEL_ID"] == "$MODEL_ID", "what is baked is what is served"
+
+
+def test_the_worker_gets_the_stop_signal_itself() -> None:
+    (command,) = arguments_of("CMD")
+    assert json.loads(command) == ["python", "-u", "handler.py"]
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with exactly what the Dockerfile copies."""
+    folder = tmp_path_factory.mktemp("image")
+    copy_build_context(folder)
+    return folder
+
+
+def run_in_image(image: Path, cache: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    """Run the image's python in its working folder; the repository is on no path."""
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ}
+    return subprocess.run(
+        [sys.executable, "-u", *command],
+        cwd=image,
+        env={
+            **kept,
+            "MODEL_ID": "tiny",
+            "LORA_CACHE_DIR": str(cache),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "HF_HUB_OFFLINE": "1",
+        },
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def test_a_lora_job_runs_from_the_copied_files_alone(image: Path, tmp_path: Path) -> None:
+    job = {
+        "prompt": "a lighthouse",
+        "width": 64,
+        "height": 64,
+        "num_inference_steps": 2,
+        "seed": 1,
+        "loras": [{"path": "tiny-example", "scale": 0.8}],
+    }
+    done = run_in_image(image, tmp_path / "loras", "handler.py", "--test_input", json.dumps({"input": job}))
+    log = done.stdout + done.stderr
+    assert done.returncode == 0, log
+    assert "error" not in log.lower(), log
+    (picture,) = (image / "output").glob("*.png")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_modules_come_from_the_image(image: Path, tmp_path: Path) -> None:
+    script = "import sdxl_worker, schemas, download_weights, handler; print(sdxl_worker.__file__, handler.__file__)"
+    done = run_in_image(image, tmp_path / "loras", "-c", script)
+    assert done.returncode == 0, done.stderr
+    assert all(Path(path).is_relative_to(image) for path in done.stdout.split())
+    assert not (tmp_path / "loras").exists(), "importing does no work"

@@ -1,0 +1,313 @@
+"""The Hub listing, its tests, the example inputs and the README say what the code says.
+
+The rules for hub.json and tests.json are those of https://docs.runpod.io/hub/publishing-guide ("hub.json reference" and
+"tests.json reference"); pool and GPU ids are those of https://docs.runpod.io/references/gpu-types.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+import schemas
+from sdxl_worker.errors import WorkerError
+from sdxl_worker.request import GenerationRequest
+from sdxl_worker.schedulers import scheduler_names
+from sdxl_worker.settings import Settings
+
+ROOT = Path(__file__).resolve().parent.parent
+
+CATEGORIES = {"audio", "embedding", "language", "video", "image"}
+HUB_FIELDS = {"title", "description", "type", "category", "iconUrl", "config"}
+CONFIG_FIELDS = {"runsOn", "containerDiskInGb", "gpuCount", "gpuIds", "allowedCudaVersions", "env", "presets"}
+# Input type -> the JSON types its default may have.
+INPUT_TYPES: dict[str, tuple[type, ...]] = {
+    "string": (str,),
+    "huggingface": (str,),
+    "number": (int, float),
+    "boolean": (bool,),
+}
+INPUT_FIELDS = {
+    "name",
+    "type",
+    "description",
+    "default",
+    "advanced",
+    "options",
+    "min",
+    "max",
+    "trueValue",
+    "falseValue",
+}
+POOLS = {
+    "AMPERE_16": ("NVIDIA RTX A4000",),
+    "AMPERE_24": ("NVIDIA L4", "NVIDIA RTX A5000", "NVIDIA GeForce RTX 3090"),
+    "ADA_24": ("NVIDIA GeForce RTX 4090",),
+    "ADA_32_PRO": ("NVIDIA GeForce RTX 5090",),
+    "AMPERE_48": ("NVIDIA RTX A6000", "NVIDIA A40"),
+    "ADA_48_PRO": ("NVIDIA L40", "NVIDIA L40S", "NVIDIA RTX 6000 Ada Generation"),
+    "AMPERE_80": ("NVIDIA A100 80GB PCIe", "NVIDIA A100-SXM4-80GB"),
+    "ADA_80_PRO": ("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA H100 NVL"),
+    "HOPPER_141": ("NVIDIA H200",),
+}
+# The CUDA that PyPI's Linux wheel is built for: torch 2.13.0 has "Requires-Dist: cuda-toolkit[...]==13.0.3".
+TORCH_CUDA = {"2.13.0": (13, 0)}
+# Variables of the listing that RunPod reads itself.
+PLATFORM_VARIABLES = {"RUNPOD_INIT_TIMEOUT"}
+# Settings that nobody sets on RunPod.
+NOT_IN_THE_FORM = {"HF_ENDPOINT"}
+
+
+def load(name: str) -> Any:
+    return json.loads((ROOT / name).read_text(encoding="utf-8"))
+
+
+HUB = load(".runpod/hub.json")
+CONFIG = HUB["config"]
+INPUTS: dict[str, dict[str, Any]] = {entry["key"]: entry.get("input", {}) for entry in CONFIG["env"]}
+TESTS = load(".runpod/tests.json")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+REQUESTS = {case["name"]: case["input"] for case in TESTS["tests"]} | {
+    name: load(name)["input"] for name in ("test_input.json", "test_input_with_lora.json")
+}
+
+
+def readme_table(heading: str, column: str) -> list[dict[str, str]]:
+    """The rows of the first table under `heading` whose first column is called `column`, as header -> cell."""
+    section = re.split(rf"^#+ {re.escape(heading)}$", README, maxsplit=1, flags=re.MULTILINE)[1]
+    lines = section[section.index(f"| {column} |") :].split("\n\n")[0].splitlines()
+    header, _, *rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines]
+    assert all(len(row) == len(header) for row in rows)
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def unquoted(cell: str) -> str:
+    return cell.removeprefix("`").removesuffix("`")
+
+
+def version(text: str) -> tuple[int, int]:
+    major, minor = text.split(".")[:2]
+    return int(major), int(minor)
+
+
+def setting_defaults() -> dict[str, Any]:
+    return {entry.metadata["name"]: entry.default for entry in fields(Settings)}
+
+
+def request_defaults() -> dict[str, Any]:
+    return {entry.name: entry.default for entry in fields(GenerationRequest) if entry.default is not MISSING}
+
+
+def error_classes(base: type[WorkerError] = WorkerError) -> Iterator[type[WorkerError]]:
+    yield base
+    for child in base.__subclasses__():
+        if child.__module__ == WorkerError.__module__:
+            yield from error_classes(child)
+
+
+class TestHubListing:
+    def test_has_the_required_fields_and_no_unknown_ones(self) -> None:
+        assert set(HUB) <= HUB_FIELDS
+        assert HUB["type"] == "serverless"
+        assert HUB["category"] in CATEGORIES
+        assert all(isinstance(HUB[name], str) and HUB[name].strip() for name in ("title", "description"))
+        assert urlsplit(HUB["iconUrl"]).scheme == "https"
+
+    def test_config_names_a_gpu_machine(self) -> None:
+        assert set(CONFIG) <= CONFIG_FIELDS
+        assert CONFIG["runsOn"] == "GPU"
+        assert type(CONFIG["containerDiskInGb"]) is int
+        assert CONFIG["gpuCount"] == 1
+        assert set(CONFIG["gpuIds"].split(",")) <= set(POOLS)
+
+    @pytest.mark.parametrize("entry", CONFIG["env"], ids=lambda entry: entry["key"])
+    def test_each_variable_is_a_documented_input(self, entry: dict[str, Any]) -> None:
+        assert set(entry) == {"key", "input"}
+        field = entry["input"]
+        assert {"name", "type", "description", "default"} <= set(field) <= INPUT_FIELDS
+        assert type(field["default"]) in INPUT_TYPES[field["type"]]
+        if field["type"] == "number":
+            assert field.get("min", field["default"]) <= field["default"] <= field.get("max", field["default"])
+        if "options" in field:
+            assert field["default"] in [option["value"] for option in field["options"]]
+
+    def test_no_variable_is_named_twice(self) -> None:
+        assert len(INPUTS) == len(CONFIG["env"])
+
+    def test_two_presets_or_more_that_set_known_variables(self) -> None:
+        presets = CONFIG["presets"]
+        assert len(presets) >= 2
+        assert len({preset["name"] for preset in presets}) == len(presets)
+        for preset in presets:
+            assert set(preset) == {"name", "defaults"}
+            for key, value in preset["defaults"].items():
+                field = INPUTS[key]
+                assert type(value) in INPUT_TYPES[field["type"]]
+                if field["type"] == "number":
+                    assert field.get("min", value) <= value <= field.get("max", value)
+
+    def test_variables_and_defaults_are_those_of_settings(self) -> None:
+        ours = {key: field["default"] for key, field in INPUTS.items() if key not in PLATFORM_VARIABLES}
+        theirs = {name: str(value) if isinstance(value, Path) else value for name, value in setting_defaults().items()}
+        assert ours == {name: value for name, value in theirs.items() if name not in NOT_IN_THE_FORM}
+        assert set(INPUTS) - set(ours) == PLATFORM_VARIABLES
+
+    def test_the_listing_is_read_back_as_the_default_settings(self) -> None:
+        """RunPod sets every variable of the form, also the ones that the user left alone."""
+        assert Settings.from_environment({key: str(field["default"]) for key, field in INPUTS.items()}) == Settings()
+
+    @pytest.mark.parametrize("preset", CONFIG["presets"], ids=lambda preset: preset["name"])
+    def test_presets_are_settings_that_can_be_read(self, preset: dict[str, Any]) -> None:
+        environment = {key: str(value) for key, value in preset["defaults"].items()}
+        assert Settings.from_environment(environment).model_id == preset["defaults"]["MODEL_ID"]
+
+
+class TestHubTests:
+    def test_have_the_documented_form(self) -> None:
+        assert set(TESTS) == {"tests", "config"}
+        for case in TESTS["tests"]:
+            assert set(case) <= {"name", "input", "timeout"}
+            assert isinstance(case["name"], str)
+            assert isinstance(case["input"], dict)
+            assert type(case["timeout"]) is int
+            assert case["timeout"] >= 60_000, "milliseconds, and the first job includes loading the model"
+        assert set(TESTS["config"]) <= {"gpuTypeId", "gpuCount", "env", "allowedCudaVersions"}
+        assert TESTS["config"]["gpuCount"] == CONFIG["gpuCount"]
+
+    def test_run_on_a_gpu_that_the_listing_offers(self) -> None:
+        offered = [gpu for pool in CONFIG["gpuIds"].split(",") for gpu in POOLS[pool]]
+        assert TESTS["config"]["gpuTypeId"] in offered
+
+    def test_hold_a_plain_and_a_lora_case(self) -> None:
+        with_loras = [bool(case["input"].get("loras")) for case in TESTS["tests"]]
+        assert True in with_loras
+        assert False in with_loras
+
+    @pytest.mark.parametrize("name", REQUESTS)
+    def test_requests_are_valid_and_name_only_what_has_an_effect(self, name: str) -> None:
+        request = schemas.validate_request(REQUESTS[name])
+        assert request.warnings == ()
+        assert len(request.loras) == len(REQUESTS[name].get("loras", []))
+
+    def test_the_lora_example_is_the_public_offset_lora(self) -> None:
+        (spec,) = schemas.validate_request(REQUESTS["test_input_with_lora.json"]).loras
+        assert spec.reference.endswith(
+            "/stable-diffusion-xl-base-1.0/resolve/main/sd_xl_offset_example-lora_1.0.safetensors"
+        )
+        assert spec.scale.as_json() == 0.8
+
+
+class TestCuda:
+    """Image, driver check and hosts agree with the CUDA that the pinned torch is built for.
+
+    A program built for CUDA x.y runs on drivers of the x family from its first release on:
+    https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html
+    """
+
+    def torch_cuda(self) -> tuple[int, int]:
+        (pin,) = re.findall(r"^torch==(\S+)", (ROOT / "requirements.txt").read_text(), flags=re.MULTILINE)
+        return TORCH_CUDA[pin]
+
+    def test_hosts_have_a_driver_for_the_pinned_torch(self) -> None:
+        allowed = [version(text) for text in CONFIG["allowedCudaVersions"]]
+        assert allowed == sorted(set(allowed), reverse=True)
+        assert all(host >= self.torch_cuda() for host in allowed)
+        assert self.torch_cuda() in allowed
+
+    def test_listing_and_tests_allow_the_same_hosts(self) -> None:
+        assert TESTS["config"]["allowedCudaVersions"] == CONFIG["allowedCudaVersions"]
+
+    def test_image_and_driver_check_are_of_the_same_release(self) -> None:
+        dockerfile = (ROOT / "Dockerfile").read_text()
+        (image,) = re.findall(r"^FROM nvidia/cuda:([\d.]+)-", dockerfile, flags=re.MULTILINE)
+        (minimum,) = re.findall(r"RUNPOD_MIN_CUDA_VERSION=([\d.]+)", dockerfile)
+        assert version(image) == version(minimum) == self.torch_cuda()
+
+
+class TestReadme:
+    def test_request_table_names_the_fields_and_defaults_of_the_schema(self) -> None:
+        rows = readme_table("Request", "Field")
+        assert [unquoted(row["Field"]) for row in rows] == list(schemas.INPUT_SCHEMA)
+        for row in rows:
+            name, field = unquoted(row["Field"]), schemas.INPUT_SCHEMA[unquoted(row["Field"])]
+            assert (row["Default"] == "required") == field["required"], name
+            if not field["required"]:
+                assert json.loads(unquoted(row["Default"])) == field["default"], name
+
+    def test_defaults_of_schema_and_request_value_agree(self) -> None:
+        for name, default in request_defaults().items():
+            if name in schemas.INPUT_SCHEMA and name not in ("seed", "loras"):
+                assert schemas.INPUT_SCHEMA[name]["default"] == default, name
+
+    def test_request_table_names_the_types(self) -> None:
+        words = {str: "string", int: "integer", float: "number", list: "list", bool: "boolean"}
+        for row in readme_table("Request", "Field"):
+            name = unquoted(row["Field"])
+            word, _, null = row["Type"].partition(" or ")
+            assert word == words[schemas.INPUT_SCHEMA[name]["type"]], name
+            assert (schemas.FIELDS[name].check(None) is None) == (null == "null"), name
+
+    @pytest.mark.parametrize("row", readme_table("Request", "Field"), ids=lambda row: unquoted(row["Field"]))
+    def test_ranges_of_the_request_table_are_the_accepted_ones(self, row: dict[str, str]) -> None:
+        check, span = schemas.FIELDS[unquoted(row["Field"])].check, row["Range"]
+        for good, bad in boundaries(span):
+            assert check(good) is None
+            assert check(bad) is not None
+
+    def test_schedulers_are_listed(self) -> None:
+        (row,) = [row for row in readme_table("Request", "Field") if row["Field"] == "`scheduler`"]
+        assert tuple(re.findall(r"`(\w+)`", row["Range"])) == scheduler_names()
+
+    def test_environment_table_names_the_settings_and_defaults(self) -> None:
+        rows = {
+            unquoted(row["Variable"]): unquoted(row["Default"])
+            for row in readme_table("Environment variables", "Variable")
+        }
+        assert rows == {
+            name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in setting_defaults().items()
+        }
+
+    def test_errors_table_names_every_code(self) -> None:
+        rows = {unquoted(row["Code"]): row for row in readme_table("Errors", "Code")}
+        classes = {error.code: error for error in error_classes()}
+        assert set(rows) == set(classes)
+        for code, error in classes.items():
+            assert (rows[code]["Who acts"] == "caller") == error.caller_at_fault, code
+            assert ("refresh_worker" in rows[code]["Meaning"]) == error.refresh_worker, code
+
+    def test_limits_are_those_of_the_schema(self) -> None:
+        limits = {row["What"]: row["Limit"] for row in readme_table("Limits", "What")}
+        assert f"{schemas.MIN_SIDE} to {schemas.MAX_SIDE}" in limits["Picture"]
+        assert str(schemas.MAX_PIXEL_STEPS) in limits["Work"]
+        assert str(schemas.MAX_PROMPT_CHARACTERS) in limits["Prompts"]
+        assert limits["LoRAs"].startswith(f"{schemas.MAX_LORAS} per request")
+
+    def test_paths_of_the_tree_table_exist(self) -> None:
+        for row in readme_table("Where things live", "Path"):
+            assert (ROOT / unquoted(row["Path"])).exists(), row["Path"]
+
+    def test_linked_files_exist(self) -> None:
+        links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if not link.startswith("https://")]
+        assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def boundaries(span: str) -> list[tuple[Any, Any]]:
+    """(accepted, refused) pairs of values for a cell of the README's Range column."""
+    if match := re.fullmatch(r"at most (\d+) characters", span):
+        return [("x" * int(match[1]), "x" * (int(match[1]) + 1))]
+    if match := re.fullmatch(r"at most (\d+) entries", span):
+        return [(["a"] * int(match[1]), ["a"] * (int(match[1]) + 1))]
+    if match := re.fullmatch(r"(above )?(\d+) to (\d+)(?:, multiple of (\d+))?", span):
+        low, high, step = int(match[2]), int(match[3]), int(match[4] or 1)
+        first = (low + 0.01, low) if match[1] else (low, low - step)
+        return [first, (high, high + step), *([(low + step, low + 1)] if step > 1 else [])]
+    if span == "an http or https URL":
+        return [("https://example.com/a.png", "ftp://example.com/a.png")]
+    names = [json.loads(name) if name in ("true", "false") else name for name in re.findall(r"`([^`]+)`", span)]
+    assert names, f"no rule for {span!r}"
+    return [(name, f"{name}x") for name in names]
