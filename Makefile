@@ -27,7 +27,7 @@ $(VENV)/.dev: requirements-dev.txt $(VENV)/.run
 
 run: $(VENV)/.run
 	MODEL_ID=tiny LORA_CACHE_DIR=.cache/loras $(PY) handler.py --test_input '{"input": {"prompt": "a lighthouse at dusk", \
-	"width": 256, "height": 256, "num_inference_steps": 8, "seed": 7, "loras": [{"path": "tiny", "scale": 0.8}]}}'
+	"width": 256, "height": 256, "num_inference_steps": 8, "seed": 7, "loras": [{"path": "tiny-example", "scale": 0.8}]}}'
 
 test: lint types pytest
 

@@ -94,7 +94,19 @@ def build_sdxl(
         scheduler=EulerDiscreteScheduler(**SCHEDULER_CONFIG),
         add_watermarker=False,
     )
-    return pipeline.to(device, dtype)
+    return pipeline.to(device)
+
+
+def structure(size: SdxlSize) -> dict[str, torch.nn.Module]:
+    """UNet and text encoders of the given size by component name, on the meta device: names and shapes, no memory."""
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    with torch.device("meta"):
+        return {
+            "unet": _unet(size),
+            "text_encoder": CLIPTextModel(_text_config(size, size.text, "quick_gelu")),
+            "text_encoder_2": CLIPTextModelWithProjection(_text_config(size, size.text_2, "gelu")),
+        }
 
 
 def write_example_lora(folder: Path) -> Path:
@@ -119,9 +131,7 @@ def write_example_lora(folder: Path) -> Path:
 def _example_tensors() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     tensors = {}
-    with torch.device("meta"):
-        unet = _unet(TINY)
-    for name, module in unet.named_modules():
+    for name, module in structure(TINY)["unet"].named_modules():
         if ".attn" in name and isinstance(module, torch.nn.Linear):
             key = "lora_unet_" + name.replace(".", "_")
             tensors[f"{key}.lora_down.weight"] = torch.randn(4, module.in_features, generator=generator) * 0.3

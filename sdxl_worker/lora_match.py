@@ -1,0 +1,163 @@
+"""Match a LoRA file to the modules of the resident model, before a weight is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdxl_worker.errors import LoraIncompatible
+from sdxl_worker.lora_base_model import SDXL, UNKNOWN
+from sdxl_worker.lora_file import LoraContent
+from sdxl_worker.lora_formats import Change, build_changes
+from sdxl_worker.lora_keys import TEXT_ENCODER, ResidentModules, split_module
+from sdxl_worker.lora_merge import Target
+from sdxl_worker.lora_metadata import clean_text
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one module of the file goes: its tensor names by role, and the resident module they change."""
+
+    written: str
+    roles: dict[str, str]
+    component: str
+    module: str
+    alpha: float | None
+
+
+@dataclass(frozen=True)
+class Matched:
+    """A file matched to the resident model. `changes` are on the host; `build` makes them anew from moved tensors."""
+
+    places: tuple[Place, ...] = field(repr=False)
+    changes: dict[Target, Change] = field(repr=False)
+    warnings: tuple[str, ...] = ()
+
+    def build(self, tensors: Mapping[str, Tensor]) -> dict[Target, Change]:
+        """The changes by target, from the file's tensors by name (on any device)."""
+        return _build(self.places, tensors)
+
+
+def match_lora(content: LoraContent, resident: ResidentModules) -> Matched:
+    """Find each module of the file in the resident model and try its formula on shapes alone.
+
+    Raises LoraIncompatible: another base model, by name; "n of m modules match"; a misfitting shape, with the tensor.
+    Modules that SDXL has but the resident variant lacks are left out with a warning, as are bundled embeddings.
+    """
+    base_model = content.facts.base_model
+    if base_model not in (SDXL, UNKNOWN):
+        raise LoraIncompatible(f"this LoRA is for {base_model}; this worker runs SDXL")
+    places, missing = _find_places(content, resident)
+    _check_matches(content, places, missing)
+    if base_model == UNKNOWN and all(place.component == TEXT_ENCODER for place in places):
+        raise LoraIncompatible(
+            "this LoRA changes only the text encoder that Stable Diffusion 1.5 and SDXL share, and nothing in it says "
+            "that it was made for SDXL"
+        )
+    changes = _build(tuple(places), content.tensors)
+    _check_shapes(places, changes, resident)
+    warnings = []
+    if missing:
+        warnings.append(f"{len(missing)} of {len(content.keys.modules)} modules are not in this variant of SDXL")
+    if content.keys.embeddings:
+        names = ", ".join(clean_text(name) for name in content.keys.embeddings[:10])
+        warnings.append(f"bundled embeddings are not applied: {names}")
+    return Matched(tuple(places), changes, tuple(warnings))
+
+
+def _find_places(content: LoraContent, resident: ResidentModules) -> tuple[list[Place], list[str]]:
+    places, missing = [], []
+    for written, roles in content.keys.modules.items():
+        component, alias = split_module(written)
+        module = resident.find(component, alias)
+        if module is None:
+            missing.append(written)
+        else:
+            alpha = _peft_alpha(content, component, module, roles)
+            places.append(Place(written, roles, component, module, alpha))
+    return places, missing
+
+
+def _peft_alpha(content: LoraContent, component: str, module: str, roles: Mapping[str, str]) -> float | None:
+    """The module's alpha by PEFT's metadata (times sqrt(rank) where LoRA is rank-stabilised); None without one."""
+    peft: dict[str, Any] = content.peft
+    prefix = f"{component}." if f"{component}.alpha" in peft else ""
+    pattern: dict[str, float] = peft.get(f"{prefix}pattern", {})
+    alpha = next((value for name, value in pattern.items() if module.endswith(name)), peft.get(f"{prefix}alpha"))
+    if alpha is None or "down" not in roles or "alpha" in roles:
+        return None
+    rank = content.header.shapes[roles["down"]][0]
+    return alpha * rank**0.5 if peft.get(f"{prefix}rslora") else alpha
+
+
+def _check_matches(content: LoraContent, places: list[Place], missing: list[str]) -> None:
+    total = len(content.keys.modules)
+    foreign = [written for written in missing if not _is_sdxl_module(written)]
+    if content.keys.unknown:
+        raise LoraIncompatible(
+            f"{len(content.keys.unknown)} of {content.facts.tensors} tensors have names this worker does not know, "
+            f"such as {_quoted(content.keys.unknown[0])}"
+        )
+    if foreign or not places:
+        example = (foreign or missing)[0]
+        raise LoraIncompatible(
+            f"only {len(places)} of {total} modules match SDXL; {_quoted(example)} does not: the LoRA is for another "
+            "base model or damaged"
+        )
+
+
+def _is_sdxl_module(written: str) -> bool:
+    component, alias = split_module(written)
+    return _sdxl_modules().find(component, alias) is not None
+
+
+@cache
+def _sdxl_modules() -> ResidentModules:
+    """The module names of SDXL base 1.0, from its structure alone (meta tensors, no memory)."""
+    from sdxl_worker import tiny
+
+    return ResidentModules(tiny.structure(tiny.FULL))
+
+
+def _build(places: tuple[Place, ...], tensors: Mapping[str, Tensor]) -> dict[Target, Change]:
+    changes: dict[Target, Change] = {}
+    for place in places:
+        roles = {role: tensors[name] for role, name in place.roles.items()}
+        for parameter, change in build_changes(place.written, roles, place.alpha).items():
+            changes[Target(place.component, place.module, parameter)] = change
+    return changes
+
+
+def _check_shapes(places: list[Place], changes: Mapping[Target, Change], resident: ResidentModules) -> None:
+    written = {(place.component, place.module): place.written for place in places}
+    for target, change in changes.items():
+        weight = getattr(resident.modules[target.component][target.module], target.parameter, None)
+        name = _quoted(written[target.component, target.module])
+        if weight is None:
+            raise LoraIncompatible(f"{name} changes a {target.parameter} that the module does not have")
+        try:
+            _on_meta(change).change(torch.empty(weight.shape, device="meta"))
+        except (RuntimeError, IndexError, ValueError) as error:
+            raise LoraIncompatible(
+                f"the tensors of {name} do not fit the resident {target.parameter} of shape {tuple(weight.shape)}"
+            ) from error
+
+
+def _on_meta(value: Any) -> Any:
+    """A copy of a change whose tensors have shapes but no values: its formula then costs nothing."""
+    if isinstance(value, Tensor):
+        return value.to("meta")
+    if isinstance(value, tuple):
+        return tuple(_on_meta(part) for part in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{item.name: _on_meta(getattr(value, item.name)) for item in fields(value)})
+    return value
+
+
+def _quoted(name: str) -> str:
+    return repr(clean_text(name))
