@@ -16,6 +16,8 @@ import pytest
 
 import schemas
 from sdxl_worker.errors import WorkerError
+from sdxl_worker.lora_entries import parse_lora_entries
+from sdxl_worker.references import CachedReference, CivitaiReference, HubReference, UrlReference, parse_reference
 from sdxl_worker.request import GenerationRequest
 from sdxl_worker.schedulers import scheduler_names
 from sdxl_worker.settings import Settings
@@ -279,6 +281,20 @@ class TestReadme:
         for code, error in classes.items():
             assert (rows[code]["Who acts"] == "caller") == error.caller_at_fault, code
             assert ("refresh_worker" in rows[code]["Meaning"]) == error.refresh_worker, code
+
+    def test_each_example_reference_has_the_form_of_its_row(self) -> None:
+        kinds = [
+            type(parse_reference(unquoted(row["Example"]), Settings()))
+            for row in readme_table("LoRA references", "Form")
+        ]
+        assert kinds == [UrlReference, *[HubReference] * 6, *[CivitaiReference] * 4, *[CachedReference] * 3]
+
+    def test_each_example_scale_is_read(self) -> None:
+        for row in readme_table("LoRA scales", "Scale"):
+            for text in re.findall(r"`([^`]+)`", row["Scale"]):
+                specs, warnings = parse_lora_entries([{"path": "a", "scale": json.loads(text)}])
+                assert [spec.scale.as_json() for spec in specs] == [json.loads(text)]
+                assert warnings == ()
 
     def test_limits_are_those_of_the_schema(self) -> None:
         limits = {row["What"]: row["Limit"] for row in readme_table("Limits", "What")}
