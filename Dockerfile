@@ -32,12 +32,11 @@ RUN pip install --no-cache-dir --disable-pip-version-check -r requirements.txt
 # one; where there is none the worker creates the target on the container disk when it starts.
 RUN ln -s /runpod-volume/models /models
 
-# What fetches the weights comes before the rest: an edit of the handler does not download them again.
+# What fetches the weights comes before the rest: an edit of the handler does not download them again. VAE_ID is not
+# set here: where it is set, the worker uses it for local model folders too, which bring a VAE of their own.
 ARG BAKE_MODEL=1
 ARG MODEL_ID=stabilityai/stable-diffusion-xl-base-1.0
-ARG VAE_ID=madebyollin/sdxl-vae-fp16-fix
-ENV MODEL_ID=$MODEL_ID \
-    VAE_ID=$VAE_ID
+ENV MODEL_ID=$MODEL_ID
 COPY sdxl_worker ./sdxl_worker
 COPY download_weights.py ./
 RUN --mount=type=secret,id=HF_TOKEN,required=false \

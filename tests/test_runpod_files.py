@@ -61,8 +61,9 @@ POOLS = {
 TORCH_CUDA = {"2.13.0": (13, 0)}
 # Variables of the listing that RunPod reads itself.
 PLATFORM_VARIABLES = {"RUNPOD_INIT_TIMEOUT"}
-# Settings that nobody sets on RunPod.
-NOT_IN_THE_FORM = {"HF_ENDPOINT"}
+# RunPod sets every variable of the form, and to set VAE_ID is to want it for local model folders too; a mirror of the
+# Hub is nothing that is set on RunPod.
+NOT_IN_THE_FORM = {"VAE_ID", "HF_ENDPOINT"}
 
 
 def load(name: str) -> Any:
