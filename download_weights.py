@@ -1,11 +1,20 @@
 """LoRA reference -> verified local file; and the command line that fills and tends the caches."""
 
-from collections.abc import Callable, Sequence
+import argparse
+import contextlib
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from sdxl_worker.base_model import find_base_model, find_vae
+from sdxl_worker.cache import prepare_folder
 from sdxl_worker.downloads import resolve_lora
+from sdxl_worker.errors import WorkerError
+from sdxl_worker.eviction import list_cache, prune, verify
 from sdxl_worker.parallel import resolve_loras
-from sdxl_worker.references import parse_reference
+from sdxl_worker.references import mask, parse_reference
+from sdxl_worker.report import listed_json, lora_facts, write_facts, write_json, write_list, write_table
 from sdxl_worker.request import LoraFile
 from sdxl_worker.settings import Settings
 
@@ -44,3 +53,117 @@ def download_loras(
     The first error is raised and stops the other downloads.
     """
     return resolve_loras(sources, settings or Settings.from_environment(), on_progress, should_stop)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; the exit status is 0 when everything asked for worked, else 1."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    settings = Settings.from_environment()
+    try:
+        return next(act for name, act in _ACTIONS if getattr(options, name))(options, settings)
+    except WorkerError as error:
+        sys.stderr.write(f"error: {error.code}: {error}\n")
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Without options: download the base model (MODEL_ID) and the VAE (VAE_ID), as the image build "
+        "does. With one of the options below: fill, show or tend the LoRA cache (LORA_CACHE_DIR).",
+        epilog="A REFERENCE is a URL, a Hugging Face repo (user/repo, user/repo@revision, user/repo/file.safetensors), "
+        "a Civitai link, civitai:ID@VERSION, an AIR urn, or the name of a file in the cache. "
+        "HF_TOKEN and CIVITAI_API_TOKEN open private ones.",
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--lora", metavar="REFERENCE", nargs="+", help="put LoRAs into the cache and print their facts")
+    what.add_argument("--list", action="store_true", help="show what is in the cache, the last used first")
+    what.add_argument("--prune", action="store_true", help="evict down to LORA_CACHE_MAX_GB, empty the quarantine")
+    what.add_argument("--verify", action="store_true", help="compare every sha256, quarantine what is damaged")
+    parser.add_argument("--inspect", action="store_true", help="with --lora: also what the file says of its training")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.set_defaults(model=True)
+    return parser
+
+
+@contextlib.contextmanager
+def _progress_bar(name: str) -> Iterator[Callable[[int, int | None], None]]:
+    from tqdm import tqdm
+
+    # disable=None: only where somebody is looking.
+    with tqdm(desc=name, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+
+        def update(done: int, total: int | None) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield update
+
+
+def _get_loras(options: argparse.Namespace, settings: Settings) -> int:
+    prepare_folder(settings.lora_cache_dir, download_timeout=settings.download_timeout)
+    loras = []
+    for reference in options.lora:
+        with _progress_bar(mask(reference)) as update:
+            loras.append(lora_facts(download_lora(reference, update, settings=settings), inspect=options.inspect))
+        if not options.json:
+            write_facts(loras[-1])
+    if options.json:
+        write_json(loras[0] if len(loras) == 1 else loras)
+    return 0
+
+
+def _list(options: argparse.Namespace, settings: Settings) -> int:
+    items = list_cache(settings.lora_cache_dir)
+    if options.json:
+        write_json([listed_json(item) for item in items])
+    else:
+        write_list(items)
+    return 0
+
+
+def _prune(options: argparse.Namespace, settings: Settings) -> int:
+    removed = [path.name for path in prune(settings)]
+    if options.json:
+        write_json({"removed": removed})
+    else:
+        sys.stdout.write("".join(f"removed {name}\n" for name in removed) or "nothing to remove\n")
+    return 0
+
+
+def _verify(options: argparse.Namespace, settings: Settings) -> int:
+    verdicts = [(item.path.name, verdict) for item, verdict in verify(settings.lora_cache_dir)]
+    if options.json:
+        write_json([{"name": name, "verdict": verdict} for name, verdict in verdicts])
+    else:
+        write_table([("NAME", "VERDICT"), *verdicts])
+    return int(any(verdict in ("quarantined", "changed") for _, verdict in verdicts))
+
+
+def _get_base_model(options: argparse.Namespace, settings: Settings) -> int:
+    with _progress_bar(mask(settings.model_id)) as update:
+        model = find_base_model(settings, on_progress=update)
+    vae = find_vae(settings) if model.allow_vae_override else None
+    facts = {
+        "model": model.name,
+        "kind": model.kind,
+        "path": str(model.path or ""),
+        "vae": str(vae or "the model's own"),
+    }
+    if options.json:
+        write_json(facts)
+    else:
+        write_table(list(facts.items()))
+    return 0
+
+
+_ACTIONS: tuple[tuple[str, Callable[[argparse.Namespace, Settings], int]], ...] = (
+    ("lora", _get_loras),
+    ("list", _list),
+    ("prune", _prune),
+    ("verify", _verify),
+    ("model", _get_base_model),
+)
+
+if __name__ == "__main__":
+    sys.exit(main())
