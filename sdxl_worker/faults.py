@@ -1,0 +1,68 @@
+"""What an exception of the libraries means for the job and for this process."""
+
+from __future__ import annotations
+
+import gc
+import traceback
+
+import torch
+
+from sdxl_worker.errors import DeviceFailed, OutOfMemory, WorkerError
+
+# How CUDA and its libraries word it where they do not raise torch.OutOfMemoryError.
+_MEMORY_WORDS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "can't allocate memory")
+_DEVICE_WORDS = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS", "cuDNN error", "device-side assert", "NCCL error")
+
+
+def as_worker_error(error: Exception) -> WorkerError:
+    """The failure to report for `error`; what nobody foresaw becomes INTERNAL, without details."""
+    if isinstance(error, WorkerError):
+        return error
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or _mentions(error, text, _MEMORY_WORDS):
+        return OutOfMemory("the request does not fit the memory; ask for a smaller picture or for one image")
+    if isinstance(error, torch.AcceleratorError) or _mentions(error, text, _DEVICE_WORDS):
+        return DeviceFailed("the GPU failed; a fresh worker will take the next try")
+    return WorkerError("the worker failed in a way that nobody foresaw; its log has the details")
+
+
+def _mentions(error: Exception, text: str, words: tuple[str, ...]) -> bool:
+    return isinstance(error, RuntimeError) and any(word in text for word in words)
+
+
+def free_memory(error: Exception) -> None:
+    """Let go of what the frames of `error` hold, on the host and on the device."""
+    traceback.clear_frames(error.__traceback__)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+class Health:
+    """Whether this process can still be trusted.
+
+    One request that is too large says nothing about the process, two in a row that run out of memory do. After an
+    error whose class says so, every later job is refused, because its picture could be wrong.
+    """
+
+    def __init__(self) -> None:
+        self._out_of_memory_in_a_row = 0
+        self._fatal: WorkerError | None = None
+
+    def check(self) -> None:
+        """Raise the error after which this process must not render any more, if there was one."""
+        if self._fatal is not None:
+            raise type(self._fatal)(str(self._fatal))
+
+    def succeeded(self) -> None:
+        """Note a job that rendered."""
+        self._out_of_memory_in_a_row = 0
+
+    def failed(self, error: WorkerError) -> bool:
+        """Note a failed job; True when a fresh worker is needed."""
+        if isinstance(error, OutOfMemory):
+            self._out_of_memory_in_a_row += 1
+            return self._out_of_memory_in_a_row > 1
+        if error.refresh_worker:
+            self._fatal = error
+        return error.refresh_worker

@@ -1,0 +1,109 @@
+"""Pictures in and out: encode with their text, wrap as data URIs, save for a local run, read an input picture."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+
+from sdxl_worker.errors import InvalidRequest
+
+# Pillow's default of 6 takes about four times as long for a tenth less (bench/overhead.py prints the levels).
+PNG_LEVEL = 1
+# Pillow's default of 4 takes about three times as long as 2 for the same size.
+WEBP_METHOD = 2
+# One EXIF block of a JPEG holds 64 kB; a longer text is left out rather than cut.
+MAX_EXIF_BYTES = 65_000
+MAX_INPUT_PIXELS = 64 * 2**20
+MAX_INPUT_BYTES = 32 * 2**20
+_EXIF_IFD, _USER_COMMENT = 0x8769, 0x9286
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """One picture as file bytes; `suffix` is a file name's end, `mime` its media type, `seed` the one that drew it."""
+
+    data: bytes
+    suffix: str
+    mime: str
+    seed: int
+
+    @property
+    def data_uri_length(self) -> int:
+        """How many characters `data_uri` has, without making it."""
+        return len(f"data:{self.mime};base64,") + 4 * ((len(self.data) + 2) // 3)
+
+    def data_uri(self) -> str:
+        """The picture as a `data:` URI."""
+        return f"data:{self.mime};base64,{base64.b64encode(self.data).decode('ascii')}"
+
+
+def encode(image: Image.Image, seed: int, text: str, format_name: str = "png", quality: int = 90) -> EncodedImage:
+    """`image` as png, jpeg or webp bytes that carry `text`; png is lossless, `quality` (1-100) is for the others."""
+    options = _SAVE_OPTIONS[format_name](text, quality)
+    buffer = io.BytesIO()
+    image.save(buffer, format=format_name.upper(), **options)
+    return EncodedImage(buffer.getvalue(), f".{format_name}", f"image/{format_name}", seed)
+
+
+def _png_options(text: str, _quality: int) -> dict[str, Any]:
+    info = PngInfo()
+    # Pillow writes tEXt where Latin-1 is enough, else UTF-8 in iTXt.
+    info.add_text("parameters", text)
+    return {"pnginfo": info, "compress_level": PNG_LEVEL}
+
+
+def _jpeg_options(text: str, quality: int) -> dict[str, Any]:
+    return {"quality": quality, **_exif(text)}
+
+
+def _webp_options(text: str, quality: int) -> dict[str, Any]:
+    return {"quality": quality, "method": WEBP_METHOD, **_exif(text)}
+
+
+_SAVE_OPTIONS = {"png": _png_options, "jpeg": _jpeg_options, "webp": _webp_options}
+
+
+def _exif(text: str) -> dict[str, Any]:
+    """EXIF UserComment in UTF-16, where A1111 writes and reads it for JPEG and WebP."""
+    exif = Image.Exif()
+    exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = b"UNICODE\0" + text.encode("utf-16-be")
+    block = exif.tobytes()
+    return {"exif": block} if len(block) <= MAX_EXIF_BYTES else {}
+
+
+def save_locally(encoded: Sequence[EncodedImage], folder: Path, job_id: str) -> list[Path]:
+    """Write the pictures into `folder` (created if missing) as `<job id>_<seed><suffix>` and return their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = re.sub(r"[^\w\-]+", "_", job_id)[:60] or "job"
+    paths = []
+    for image in encoded:
+        path = folder / f"{stem}_{image.seed}{image.suffix}"
+        path.write_bytes(image.data)
+        paths.append(path)
+    return paths
+
+
+def read_input_image(data: bytes) -> Image.Image:
+    """The caller's picture as upright RGB; raises InvalidRequest for what is no picture, or one that is too large."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"))
+        if image.width * image.height > MAX_INPUT_PIXELS:
+            raise InvalidRequest(f"image_url leads to a picture of more than {MAX_INPUT_PIXELS} pixels")
+        return ImageOps.exif_transpose(image).convert("RGB")
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise InvalidRequest(f"image_url leads to a picture of more than {MAX_INPUT_PIXELS} pixels") from None
+    except UnidentifiedImageError:
+        raise InvalidRequest("image_url does not lead to a picture (png, jpeg, webp, gif, bmp, tiff)") from None
+    except (OSError, ValueError, SyntaxError) as error:
+        raise InvalidRequest("image_url leads to a picture that is broken") from error
