@@ -143,6 +143,8 @@ def run_in_image(image: Path, cache: Path, *command: str) -> subprocess.Complete
 
 
 def test_a_lora_job_runs_from_the_copied_files_alone(image: Path, tmp_path: Path) -> None:
+    """With /models as in the image: a link to a folder of the volume that is not there yet."""
+    (tmp_path / "models").symlink_to(tmp_path / "runpod-volume" / "models")
     job = {
         "prompt": "a lighthouse",
         "width": 64,
@@ -151,12 +153,13 @@ def test_a_lora_job_runs_from_the_copied_files_alone(image: Path, tmp_path: Path
         "seed": 1,
         "loras": [{"path": "tiny-example", "scale": 0.8}],
     }
-    done = run_in_image(image, tmp_path / "loras", "handler.py", "--test_input", json.dumps({"input": job}))
+    done = run_in_image(image, tmp_path / "models" / "loras", "handler.py", "--test_input", json.dumps({"input": job}))
     log = done.stdout + done.stderr
     assert done.returncode == 0, log
     assert "error" not in log.lower(), log
     (picture,) = (image / "output").glob("*.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "runpod-volume" / "models" / "loras" / "tiny-example.safetensors").is_file()
 
 
 def test_modules_come_from_the_image(image: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+import download_weights
 import schemas
 from sdxl_worker.errors import WorkerError
 from sdxl_worker.lora_entries import parse_lora_entries
@@ -296,6 +297,21 @@ class TestReadme:
                 specs, warnings = parse_lora_entries([{"path": "a", "scale": json.loads(text)}])
                 assert [spec.scale.as_json() for spec in specs] == [json.loads(text)]
                 assert warnings == ()
+
+    def test_the_curl_example_is_a_valid_request(self) -> None:
+        (body,) = re.findall(r"^  -d '(.*?)'$", README, flags=re.MULTILINE | re.DOTALL)
+        assert schemas.validate_request(json.loads(body)["input"]).warnings == ()
+
+    def test_the_python_example_compiles(self) -> None:
+        (code,) = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+        compile(code, "README.md", "exec")
+
+    def test_options_of_the_cache_commands_exist(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit):
+            download_weights.main(["--help"])
+        known = set(re.findall(r"--\w+", capsys.readouterr().out))
+        used = set(re.findall(r"--\w+", README.split("## Operate the cache")[1].split("\n## ")[0]))
+        assert used == known - {"--help"}
 
     def test_limits_are_those_of_the_schema(self) -> None:
         limits = {row["What"]: row["Limit"] for row in readme_table("Limits", "What")}
