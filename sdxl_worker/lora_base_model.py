@@ -42,7 +42,7 @@ _SDXL_UNET = re.compile(
     r"(?:attentions_\d|_blocks_\d+_1|middle_block_1)_transformer_blocks_[1-9]_|add_embedding|label_emb"
 )
 _METADATA = (
-    (r"sdxl|stable-diffusion-xl|pony|illustrious|noobai", SDXL),
+    (r"sd_?xl|stable-diffusion-xl|pony|illustrious|noobai", SDXL),
     (r"sd3|stable-diffusion-3", "Stable Diffusion 3"),
     (r"flux", "Flux"),
     (r"sd_v2|sd_2|stable-diffusion-v2|768-v", "Stable Diffusion 2"),

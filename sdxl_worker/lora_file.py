@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdxl_worker.errors import BadLoraFile, LoraIncompatible
-from sdxl_worker.lora_base_model import SDXL, UNKNOWN, detect_base_model
+from sdxl_worker.lora_base_model import UNKNOWN, detect_base_model
 from sdxl_worker.lora_keys import FileKeys, sort_keys
 from sdxl_worker.lora_metadata import clean_text, describe, peft_alphas
 from sdxl_worker.safetensors_file import Header, read_header, read_tensors, view_tensors
@@ -146,20 +146,14 @@ def _rank(roles: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> in
 
 def _format(keys: FileKeys, shapes: Mapping[str, tuple[int, ...]]) -> str:
     names = [_FORMATS[role] for role in _FORMATS if role in keys.roles]
-    if "oft_blocks" in keys.roles and any(
-        len(shapes[roles["oft_blocks"]]) == 4 for roles in keys.modules.values() if "oft_blocks" in roles
-    ):
+    if any(len(shape) == 4 for shape in _shapes_of("oft_blocks", keys, shapes)):
         names[names.index("OFT")] = "BOFT"
     if "down" in keys.roles or "up" in keys.roles:
-        convolution = any(
-            len(shape) == 4 and shape[2:] != (1, 1)
-            for roles in keys.modules.values()
-            if (shape := shapes[roles["down"]] if "down" in roles else ())
-        )
+        kernels = [shape[2:] for shape in _shapes_of("down", keys, shapes)]
+        convolution = "mid" in keys.roles or any(kernel not in ((), (1, 1)) for kernel in kernels)
         names.insert(0, "LoCon" if convolution else "LoRA")
     return " + ".join(dict.fromkeys(names)) or UNKNOWN
 
 
-def is_sdxl(facts: LoraFacts) -> bool:
-    """True when the LoRA was made for SDXL."""
-    return facts.base_model == SDXL
+def _shapes_of(role: str, keys: FileKeys, shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[int, ...]]:
+    return [shapes[roles[role]] for roles in keys.modules.values() if role in roles]

@@ -14,14 +14,18 @@ from sdxl_worker.lora_formats import build_changes
 from sdxl_worker.lora_keys import split_key
 from sdxl_worker.request import LoraScale
 from tests.support import lora_files
-from tests.support.lora_files import FORMATS, LINEAR, kohya, picture, save
+from tests.support.lora_files import FORMATS, LINEAR, Tensors, kohya, picture, save
+
+
+def _roles(tensors: Tensors) -> Tensors:
+    return {roles[1]: tensor for suffix, tensor in tensors.items() if (roles := split_key(f"x.{suffix}"))}
 
 
 def test_each_format_makes_the_published_change(pipeline):
     for name, (module, make) in FORMATS.items():
         weight = pipeline.unet.get_submodule(module).weight
         tensors, expected = make(weight)
-        roles = {split_key(f"x.{suffix}")[1]: tensor for suffix, tensor in tensors.items()}
+        roles = _roles(tensors)
         change = build_changes("x", roles)["weight"].change(weight)
         assert change.dtype == torch.float32
         error = (change - expected).norm() / expected.norm()
@@ -79,7 +83,7 @@ def test_rank_stabilised_and_plain_peft_alpha(pipeline, engine, tmp_path: Path):
 @pytest.mark.parametrize("missing", ["lora_up.weight", "lora_down.weight"])
 def test_half_of_a_pair_is_named(missing: str, pipeline):
     tensors, _ = lora_files.lora(pipeline.unet.get_submodule(LINEAR).weight)
-    roles = {split_key(f"x.{suffix}")[1]: tensor for suffix, tensor in tensors.items() if suffix != missing}
+    roles = _roles({suffix: tensor for suffix, tensor in tensors.items() if suffix != missing})
     with pytest.raises(LoraIncompatible, match=r"'(up|down)' of the LoRA module 'some\.module' is missing"):
         build_changes("some.module", roles)
 

@@ -220,7 +220,7 @@ def whole_unet(unet: torch.nn.Module, name: str) -> tuple[Tensors, dict[str, Ten
     tensors: Tensors = {}
     changes = {}
     for target in modules_for(unet, module):
-        part, changes[target] = make(unet.get_submodule(target).weight)
+        part, changes[target] = make(unet.get_parameter(f"{target}.weight"))
         tensors |= kohya(target, part)
     return tensors, changes
 
@@ -233,7 +233,7 @@ def kohya(module: str, tensors: Tensors, prefix: str = "lora_unet_") -> Tensors:
 def save(path: Path, tensors: Tensors, metadata: dict[str, str] | None = None) -> Path:
     """Write a safetensors file and return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(path), metadata)
+    save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, str(path), metadata)
     return path
 
 
