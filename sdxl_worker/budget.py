@@ -38,12 +38,18 @@ class Budget:
         """True once there is nothing left to wait for."""
         return self.is_stopped or self.remaining == 0
 
+    def verdict(self) -> Cancelled | FetchTimeout | None:
+        """Why the download has to end now, or None."""
+        if self.is_stopped:
+            return Cancelled("the job was stopped during a download")
+        if self.remaining == 0:
+            return FetchTimeout(f"the download did not end within {self.seconds:g} seconds")
+        return None
+
     def check(self) -> None:
         """Raises Cancelled or FetchTimeout when the download has to end."""
-        if self.is_stopped:
-            raise Cancelled("the job was stopped during a download")
-        if self.remaining == 0:
-            raise FetchTimeout(f"the download did not end within {self.seconds:g} seconds")
+        if (verdict := self.verdict()) is not None:
+            raise verdict
 
     def wait(self, seconds: float) -> None:
         """Sleep in short steps; raises Cancelled or FetchTimeout as soon as that is due."""

@@ -165,6 +165,7 @@ def _get(
     """GET from the first address that accepts a connection, as any HTTP client does for a host with several."""
     refused: Exception = FetchFailed(f"{mask(url)} has no address")
     for address in addresses:
+        budget.check()
         session = requests.Session()
         session.trust_env = False  # no proxies (see above), no .netrc passwords
         session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or True
@@ -177,12 +178,10 @@ def _get(
             response = session.get(url, headers=dict(headers), allow_redirects=False, stream=True, timeout=timeouts)
         except requests.ConnectionError as error:
             session.close()
-            budget.check()
             refused = error
             continue
         except requests.RequestException:
             session.close()
-            budget.check()
             raise
         _close_together(response, session)
         return response

@@ -139,9 +139,8 @@ def _attempt(target: Target, transfer: _Transfer, budget: Budget) -> None:
         try:
             response = open_url(target, headers, budget, watch)
         except _BROKEN as error:
-            budget.check()
             # Not chained: the text of these exceptions holds the query string, and a logged traceback would show it.
-            raise _Again(_unreachable(target, error)) from None
+            raise budget.verdict() or _Again(_unreachable(target, error)) from None
         try:
             _check_status(response, target, transfer)
             _begin_body(response, target, transfer)
@@ -236,8 +235,7 @@ def _read_body(response: requests.Response, target: Target, transfer: _Transfer,
             # read1: whatever has arrived, so that progress and stopping do not wait for a whole chunk.
             chunk = raw.read1(CHUNK, decode_content=False)
         except _BROKEN as error:
-            budget.check()
-            raise _Again(_cut_short(target, transfer, error)) from None
+            raise budget.verdict() or _Again(_cut_short(target, transfer, error)) from None
         if not chunk:
             break
         transfer.take(chunk)
