@@ -133,15 +133,15 @@ def _fit(image: Image, request: GenerationRequest) -> Image:
 def _load_from_disk(model: BaseModel, settings: Settings, dtype: torch.dtype, device: str) -> StableDiffusionXLPipeline:
     from diffusers import StableDiffusionXLPipeline
 
-    options: dict[str, Any] = {"torch_dtype": dtype, "add_watermarker": False}
+    options: dict[str, Any] = {"dtype": dtype, "add_watermarker": False}
     vae_path = find_vae(settings) if model.allow_vae_override and device == "cuda" else None
     try:
         if vae_path is not None:
             from diffusers import AutoencoderKL
 
-            options["vae"] = AutoencoderKL.from_pretrained(str(vae_path), torch_dtype=dtype)
+            options["vae"] = AutoencoderKL.from_pretrained(str(vae_path), dtype=dtype)
         if model.kind == "file":
-            pipeline = StableDiffusionXLPipeline.from_single_file(str(model.path), **options)
+            pipeline = StableDiffusionXLPipeline.from_single_file(str(model.path), **options, **_configs(model))
         else:
             pipeline = StableDiffusionXLPipeline.from_pretrained(str(model.path), variant=_variant(model), **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -149,6 +149,13 @@ def _load_from_disk(model: BaseModel, settings: Settings, dtype: torch.dtype, de
         reason = "it is not a complete SDXL model"
         raise ModelUnavailable(f"the base model {model.name} cannot be loaded: {reason}; check MODEL_ID") from error
     return pipeline.to(device)
+
+
+def _configs(model: BaseModel) -> dict[str, str]:
+    """A single file has no configs and tokenizers: a folder of its name beside it may hold them, else the Hub does."""
+    assert model.path is not None
+    folder = model.path.with_suffix("")
+    return {"config": str(folder)} if (folder / "model_index.json").is_file() else {}
 
 
 def _variant(model: BaseModel) -> str | None:
