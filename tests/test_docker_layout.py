@@ -12,7 +12,18 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.support.readme import ROOT, readme_table, unquoted
+
+JOB = {
+    "input": {
+        "prompt": "a lighthouse",
+        "width": 64,
+        "height": 64,
+        "num_inference_steps": 2,
+        "seed": 1,
+        "loras": [{"path": "tiny-example", "scale": 0.8}],
+    }
+}
 
 
 def instructions() -> list[tuple[str, str]]:
@@ -145,15 +156,7 @@ def run_in_image(image: Path, cache: Path, *command: str) -> subprocess.Complete
 def test_a_lora_job_runs_from_the_copied_files_alone(image: Path, tmp_path: Path) -> None:
     """With /models as in the image: a link to a folder of the volume that is not there yet."""
     (tmp_path / "models").symlink_to(tmp_path / "runpod-volume" / "models")
-    job = {
-        "prompt": "a lighthouse",
-        "width": 64,
-        "height": 64,
-        "num_inference_steps": 2,
-        "seed": 1,
-        "loras": [{"path": "tiny-example", "scale": 0.8}],
-    }
-    done = run_in_image(image, tmp_path / "models" / "loras", "handler.py", "--test_input", json.dumps({"input": job}))
+    done = run_in_image(image, tmp_path / "models" / "loras", "handler.py", "--test_input", json.dumps(JOB))
     log = done.stdout + done.stderr
     assert done.returncode == 0, log
     assert "error" not in log.lower(), log
@@ -162,9 +165,23 @@ def test_a_lora_job_runs_from_the_copied_files_alone(image: Path, tmp_path: Path
     assert (tmp_path / "runpod-volume" / "models" / "loras" / "tiny-example.safetensors").is_file()
 
 
-def test_modules_come_from_the_image(image: Path, tmp_path: Path) -> None:
-    script = "import sdxl_worker, schemas, download_weights, handler; print(sdxl_worker.__file__, handler.__file__)"
-    done = run_in_image(image, tmp_path / "loras", "-c", script)
+SCRIPT = """
+import json, os, sys
+import download_weights, handler, schemas, sdxl_worker
+places = [module.__file__ for module in (download_weights, handler, schemas, sdxl_worker)]
+untouched = not os.path.exists(os.environ["LORA_CACHE_DIR"])
+print(json.dumps([places, untouched, handler.generate_image(json.loads(sys.argv[1]))]))
+"""
+
+
+def test_the_copied_modules_answer_with_the_fields_of_the_readme(image: Path, tmp_path: Path) -> None:
+    done = run_in_image(image, tmp_path / "loras", "-c", SCRIPT, json.dumps(JOB))
     assert done.returncode == 0, done.stderr
-    assert all(Path(path).is_relative_to(image) for path in done.stdout.split())
-    assert not (tmp_path / "loras").exists(), "importing does no work"
+    places, untouched, answer = json.loads(done.stdout.splitlines()[-1])
+    assert all(Path(path).is_relative_to(image) for path in places)
+    assert untouched, "importing does no work"
+    fields = [unquoted(row["Field"]) for row in readme_table("Answer", "Field")]
+    assert list(answer) == [name for name in fields if name != "warnings"]
+    (lora,) = answer["loras"]
+    named = [unquoted(row["In `loras`"]) for row in readme_table("Answer", "In `loras`")]
+    assert list(lora) == [name for name in named if name != "trigger_words"]

@@ -1,0 +1,158 @@
+"""The README names the fields, defaults, variables, codes and commands that the code has."""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import MISSING, fields
+from typing import Any
+
+import pytest
+
+import download_weights
+import schemas
+from sdxl_worker.errors import WorkerError
+from sdxl_worker.lora_entries import parse_lora_entries
+from sdxl_worker.references import CachedReference, CivitaiReference, HubReference, UrlReference, parse_reference
+from sdxl_worker.request import GenerationRequest
+from sdxl_worker.schedulers import scheduler_names
+from sdxl_worker.settings import Settings
+from tests.support.readme import README, ROOT, readme_table, unquoted
+
+
+def setting_defaults() -> dict[str, Any]:
+    return {entry.metadata["name"]: entry.default for entry in fields(Settings)}
+
+
+def request_defaults() -> dict[str, Any]:
+    return {entry.name: entry.default for entry in fields(GenerationRequest) if entry.default is not MISSING}
+
+
+def error_classes(base: type[WorkerError] = WorkerError) -> Iterator[type[WorkerError]]:
+    yield base
+    for child in base.__subclasses__():
+        if child.__module__ == WorkerError.__module__:
+            yield from error_classes(child)
+
+
+def test_request_table_names_the_fields_and_defaults_of_the_schema() -> None:
+    rows = readme_table("Request", "Field")
+    assert [unquoted(row["Field"]) for row in rows] == list(schemas.INPUT_SCHEMA)
+    for row in rows:
+        name, field = unquoted(row["Field"]), schemas.INPUT_SCHEMA[unquoted(row["Field"])]
+        assert (row["Default"] == "required") == field["required"], name
+        if not field["required"]:
+            assert json.loads(unquoted(row["Default"])) == field["default"], name
+
+
+def test_defaults_of_schema_and_request_value_agree() -> None:
+    for name, default in request_defaults().items():
+        if name in schemas.INPUT_SCHEMA and name not in ("seed", "loras"):
+            assert schemas.INPUT_SCHEMA[name]["default"] == default, name
+
+
+def test_request_table_names_the_types() -> None:
+    words = {str: "string", int: "integer", float: "number", list: "list", bool: "boolean"}
+    for row in readme_table("Request", "Field"):
+        name = unquoted(row["Field"])
+        word, _, null = row["Type"].partition(" or ")
+        assert word == words[schemas.INPUT_SCHEMA[name]["type"]], name
+        assert (schemas.FIELDS[name].check(None) is None) == (null == "null"), name
+
+
+@pytest.mark.parametrize("row", readme_table("Request", "Field"), ids=lambda row: unquoted(row["Field"]))
+def test_ranges_of_the_request_table_are_the_accepted_ones(row: dict[str, str]) -> None:
+    check, span = schemas.FIELDS[unquoted(row["Field"])].check, row["Range"]
+    for good, bad in boundaries(span):
+        assert check(good) is None
+        assert check(bad) is not None
+
+
+def test_schedulers_are_listed() -> None:
+    (row,) = [row for row in readme_table("Request", "Field") if row["Field"] == "`scheduler`"]
+    assert tuple(re.findall(r"`(\w+)`", row["Range"])) == scheduler_names()
+
+
+def test_environment_table_names_the_settings_and_defaults() -> None:
+    rows = {
+        unquoted(row["Variable"]): unquoted(row["Default"]) for row in readme_table("Environment variables", "Variable")
+    }
+    assert rows == {
+        name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in setting_defaults().items()
+    }
+
+
+def test_errors_table_names_every_code() -> None:
+    rows = {unquoted(row["Code"]): row for row in readme_table("Errors", "Code")}
+    classes = {error.code: error for error in error_classes()}
+    assert set(rows) == set(classes)
+    for code, error in classes.items():
+        assert (rows[code]["Who acts"] == "caller") == error.caller_at_fault, code
+        assert ("refresh_worker" in rows[code]["Meaning"]) == error.refresh_worker, code
+
+
+def test_each_example_reference_has_the_form_of_its_row() -> None:
+    kinds = [
+        type(parse_reference(unquoted(row["Example"]), Settings())) for row in readme_table("LoRA references", "Form")
+    ]
+    assert kinds == [UrlReference, *[HubReference] * 6, *[CivitaiReference] * 4, *[CachedReference] * 3]
+
+
+def test_each_example_scale_is_read() -> None:
+    for row in readme_table("LoRA scales", "Scale"):
+        for text in re.findall(r"`([^`]+)`", row["Scale"]):
+            specs, warnings = parse_lora_entries([{"path": "a", "scale": json.loads(text)}])
+            assert [spec.scale.as_json() for spec in specs] == [json.loads(text)]
+            assert warnings == ()
+
+
+def test_the_curl_example_is_a_valid_request() -> None:
+    (body,) = re.findall(r"^  -d '(.*?)'$", README, flags=re.MULTILINE | re.DOTALL)
+    assert schemas.validate_request(json.loads(body)["input"]).warnings == ()
+
+
+def test_the_python_example_compiles() -> None:
+    (code,) = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    compile(code, "README.md", "exec")
+
+
+def test_options_of_the_cache_commands_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        download_weights.main(["--help"])
+    known = set(re.findall(r"--\w+", capsys.readouterr().out))
+    used = set(re.findall(r"--\w+", README.split("## Operate the cache")[1].split("\n## ")[0]))
+    assert used == known - {"--help"}
+
+
+def test_limits_are_those_of_the_schema() -> None:
+    limits = {row["What"]: row["Limit"] for row in readme_table("Limits", "What")}
+    assert f"{schemas.MIN_SIDE} to {schemas.MAX_SIDE}" in limits["Picture"]
+    assert str(schemas.MAX_PIXEL_STEPS) in limits["Work"]
+    assert str(schemas.MAX_PROMPT_CHARACTERS) in limits["Prompts"]
+    assert limits["LoRAs"].startswith(f"{schemas.MAX_LORAS} per request")
+
+
+def test_paths_of_the_tree_table_exist() -> None:
+    for row in readme_table("Where things live", "Path"):
+        assert (ROOT / unquoted(row["Path"])).exists(), row["Path"]
+
+
+def test_linked_files_exist() -> None:
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if not link.startswith("https://")]
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def boundaries(span: str) -> list[tuple[Any, Any]]:
+    """(accepted, refused) pairs of values for a cell of the README's Range column."""
+    if match := re.fullmatch(r"at most (\d+) characters", span):
+        return [("x" * int(match[1]), "x" * (int(match[1]) + 1))]
+    if match := re.fullmatch(r"at most (\d+) entries", span):
+        return [(["a"] * int(match[1]), ["a"] * (int(match[1]) + 1))]
+    if match := re.fullmatch(r"(above )?(\d+) to (\d+)(?:, multiple of (\d+))?", span):
+        low, high, step = int(match[2]), int(match[3]), int(match[4] or 1)
+        first = (low + 0.01, low) if match[1] else (low, low - step)
+        return [first, (high, high + step), *([(low + step, low + 1)] if step > 1 else [])]
+    if span == "an http or https URL":
+        return [("https://example.com/a.png", "ftp://example.com/a.png")]
+    names = [json.loads(name) if name in ("true", "false") else name for name in re.findall(r"`([^`]+)`", span)]
+    assert names, f"no rule for {span!r}"
+    return [(name, f"{name}x") for name in names]
