@@ -131,7 +131,12 @@ def test_a_slow_server_meets_the_deadline(server: FileServer, reply: on.Reply):
 @pytest.mark.parametrize("reply", [on.drip(CONTENT), on.silent, on.drip_headers()], ids=["drip", "silent", "headers"])
 def test_a_stopped_job_does_not_wait_for_the_server(server: FileServer, reply: on.Reply):
     stop = threading.Event()
-    url = server.add("/a", lambda handler: (stop.set(), reply(handler))[1])
+
+    def stop_then_reply(handler: on.Handler) -> None:
+        stop.set()
+        reply(handler)
+
+    url = server.add("/a", stop_then_reply)
     with pytest.raises(errors.Cancelled):
         fetch_bytes(url, max_bytes=1 << 24, deadline_s=600, should_stop=stop.is_set)
 
@@ -292,7 +297,13 @@ def test_the_extra_blocks_hold_for_host_names_too(monkeypatch: pytest.MonkeyPatc
 def test_a_host_that_does_not_resolve_in_time_meets_the_deadline(monkeypatch: pytest.MonkeyPatch):
     asked = threading.Event()
     release = threading.Event()
-    monkeypatch.setattr("socket.getaddrinfo", lambda *_a, **_o: (asked.set(), release.wait(20), [])[2])
+
+    def resolve(*_arguments: object, **_options: object) -> list[tuple]:
+        asked.set()
+        release.wait(20)
+        return []
+
+    monkeypatch.setattr("socket.getaddrinfo", resolve)
     with pytest.raises(errors.FetchTimeout):
         fetch_bytes("http://slow-dns.test/x", max_bytes=100, deadline_s=0.3)
     assert asked.is_set()

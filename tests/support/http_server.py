@@ -144,7 +144,11 @@ def status(code: int, body: bytes = b"", **headers: object) -> Reply:
 
 def redirect(location: str, code: int = 302) -> Reply:
     """A redirect; an empty `location` leaves the header out."""
-    return status(code, **({"location": location} if location else {}))
+
+    def reply(handler: Handler) -> None:
+        handler.start(code, content_length=0, **({"location": location} if location else {}))
+
+    return reply
 
 
 def cut(content: bytes, after: int, *, etag: str = "", reset: bool = False) -> Reply:

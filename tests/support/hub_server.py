@@ -36,7 +36,7 @@ class Hub:
     down: bool = False
 
     def __post_init__(self) -> None:
-        self.server.replies = _Routes(self)  # type: ignore[assignment]
+        self.server.replies = _Routes(self)
 
     @property
     def endpoint(self) -> str:
@@ -92,11 +92,11 @@ class Hub:
 
     def _file(self, repo: Repo, path: str) -> Reply:
         content = repo.files[path]
-        headers = {"x_repo_commit": repo.commit, "accept_ranges": "bytes"}
+        headers: dict[str, object] = {"x_repo_commit": repo.commit, "accept_ranges": "bytes"}
         if path in repo.on_cdn:
             location = f"{self.cdn.origin}/cdn/{sha256(content)}?X-Amz-Signature=sig-secret"
-            linked = {"x_linked_etag": f'"{sha256(content)}"', "x_linked_size": len(content)}
-            return status(302, location=location, **headers, **linked)
+            linked: dict[str, object] = {"x_linked_etag": f'"{sha256(content)}"', "x_linked_size": len(content)}
+            return lambda handler: handler.start(302, content_length=0, location=location, **headers, **linked)
 
         def reply(handler: Handler) -> None:
             handler.start(200, content_length=len(content), etag=f'"{sha256(content)[:40]}"', **headers)
@@ -111,5 +111,5 @@ class _Routes(dict[str, list[Reply]]):
         super().__init__()
         self._hub = hub
 
-    def get(self, path: str, default: object = None) -> list[Reply]:  # type: ignore[override]
+    def get(self, path: str, default: object = None) -> list[Reply]:
         return [self._hub.route(path)]
