@@ -115,7 +115,8 @@ def test_pickles_give_the_pixels_of_the_safetensors_file(ending: str, api: Api):
     torch.save(tensors, api.folder / f"made.{ending}")
     pickled = api.serve(f"pickled.{ending}", (api.folder / f"made.{ending}").read_bytes())
     plain = api.serve(f"same-as-{ending}.safetensors", _content(api.folder, tensors))
-    assert np.array_equal(*(api.picture(loras=[{"path": url, "scale": 0.7}]) for url in (pickled, plain)))
+    first, second = (api.picture(loras=[{"path": url, "scale": 0.7}]) for url in (pickled, plain))
+    assert np.array_equal(first, second)
 
 
 def test_two_loras_with_different_scales(api: Api):
@@ -140,7 +141,6 @@ def test_other_formats(name: str, api: Api):
     for module, change in changes.items():
         merged.unet.get_parameter(f"{module}.weight").data.add_(change)
     assert np.abs(api.picture(loras=[{"path": url}]) - _plain(merged)).max() <= 1
-    assert name in FORMATS
 
 
 def test_plain_requests_keep_their_bits_after_good_and_bad_loras(api: Api):
