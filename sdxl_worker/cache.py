@@ -224,12 +224,17 @@ def _entries(folder: Path) -> list[Path]:
         return []
 
 
+def spare_path() -> Path:
+    """Where LoRAs go when the cache cannot be written; nothing is created."""
+    return Path(tempfile.gettempdir()) / f"sdxl-worker-loras-{os.getuid()}"
+
+
 def spare_folder() -> Path:
-    """Where LoRAs go when the cache cannot be written: this user's own folder in the container's temporary space.
+    """This user's own folder in the container's temporary space.
 
     Raises CacheWriteError when that cannot be had, or belongs to someone else.
     """
-    folder = Path(tempfile.gettempdir()) / f"sdxl-worker-loras-{os.getuid()}"
+    folder = spare_path()
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
         found = folder.lstat()

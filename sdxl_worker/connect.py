@@ -26,8 +26,9 @@ from sdxl_worker.references import mask, split_http_url
 
 logger = logging.getLogger(__name__)
 
-# Its debug lines hold whole URLs, with the tokens in their queries.
-logging.getLogger("urllib3.connectionpool").setLevel(logging.INFO)
+# Their debug lines hold whole URLs, with tokens and signatures in the queries.
+for _name in ("urllib3.connectionpool", "httpcore", "httpcore2"):
+    logging.getLogger(_name).setLevel(logging.INFO)
 
 MAX_REDIRECTS = 5
 CONNECT_TIMEOUT_S = 10.0

@@ -18,6 +18,7 @@ from sdxl_worker.cache import (
     quarantine,
     read_sidecar,
     spare_folder,
+    spare_path,
     temporary_file,
     write_sidecar,
 )
@@ -29,7 +30,7 @@ from sdxl_worker.errors import (
     FetchTimeout,
     LoraFileError,
 )
-from sdxl_worker.eviction import evict
+from sdxl_worker.eviction import evict, evict_down_to
 from sdxl_worker.fetch import Progress, fetch_to
 from sdxl_worker.inspection import check_file, file_sha256, is_pickle, max_lora_bytes, pickle_to_safetensors
 from sdxl_worker.located import Located
@@ -52,6 +53,8 @@ logger = logging.getLogger(__name__)
 RECHECK_S = 600.0
 # ... and after this many when the host could not be reached.
 RETRY_UNREACHABLE_S = 60.0
+# How much temporary space LoRAs may take when the cache folder cannot be written and LORA_CACHE_MAX_GB says nothing.
+SPARE_MAX_GB = 8.0
 
 _UNREACHABLE = (FetchFailed, FetchTimeout, FetchIncomplete)
 _LOCATE: dict[type, Callable[[Any, Settings, Budget], Located]] = {
@@ -123,13 +126,13 @@ def _settle(task: _Task, path: Path) -> tuple[Entry, bool]:
     entry = _fresh_entry(task, path)
     if entry is not None:
         return entry, True
-    old = look_up(path, task.key) or _adopt(task, path)
+    old = look_up(path, task.key) or _adopt(task, path) or look_up(task.path_in(spare_path()), task.key)
     if old is not None and not getattr(task.reference, "is_moving", False):
         return old, True
     try:
         located = _LOCATE[type(task.reference)](task.reference, task.settings, task.budget)
         if old is not None and located.identity == old.sidecar.identity:
-            return write_sidecar(path, replace(old.sidecar, checked_at=time.time())), True
+            return write_sidecar(old.path, replace(old.sidecar, checked_at=time.time())), True
         return _download(task, located), False
     except _UNREACHABLE as error:
         if old is None:
@@ -170,12 +173,10 @@ def _download(task: _Task, located: Located) -> Entry:
         return _download_into(task.settings.lora_cache_dir, task, located)
     except CacheWriteError as error:
         logger.warning("%s; using local temporary space for %s", error, task.reference.shown)
-    path = task.path_in(spare_folder())
-    entry = look_up(path, task.key)
-    if entry is not None and entry.sidecar.identity == located.identity:
-        return entry
+    folder = spare_folder()
+    evict_down_to(folder, (task.settings.lora_cache_max_gb or SPARE_MAX_GB) * 1e9)
     try:
-        return _download_into(path.parent, task, located)
+        return _download_into(folder, task, located)
     except CacheWriteError as error:
         raise CacheWriteError("neither the LoRA cache nor local temporary space can take the file") from error
 

@@ -45,13 +45,18 @@ def list_cache(folder: Path) -> list[Listed]:
 
 
 def evict(settings: Settings) -> list[Path]:
-    """Remove least recently used files until the limit holds; what a job of this worker holds, and what anyone used
-    within GRACE_S, stays. Files put there by hand are neither removed nor counted. Other workers may do the same
-    at the same time: a file that is gone already is no error."""
+    """Keep the cache folder below LORA_CACHE_MAX_GB (0 = no limit); gives what was removed."""
     limit = settings.lora_cache_max_gb * 1e9
-    if limit <= 0:
-        return []
-    own = [item for item in list_cache(settings.lora_cache_dir) if not item.by_hand]
+    return evict_down_to(settings.lora_cache_dir, limit) if limit > 0 else []
+
+
+def evict_down_to(folder: Path, limit: float) -> list[Path]:
+    """Remove least recently used files until `folder` holds at most `limit` bytes.
+
+    What a job of this worker holds, and what anyone used within GRACE_S, stays. Files put there by hand are neither
+    removed nor counted. Other workers may do the same at the same time: a file that is gone already is no error.
+    """
+    own = [item for item in list_cache(folder) if not item.by_hand]
     total, removed = sum(item.size for item in own), []
     for item in reversed(own):
         if total <= limit:
@@ -63,7 +68,7 @@ def evict(settings: Settings) -> list[Path]:
             sidecar_path(item.path).unlink(missing_ok=True)
             logger.info("evicted %s (%.0f MB)", item.path.name, item.size / 1e6)
             removed.append(item.path)
-        total -= item.size
+            total -= item.size
     return removed
 
 

@@ -123,5 +123,7 @@ def _explain(error: Exception, reference: HubReference) -> tuple[LoraDownloadErr
         return LoraNotFound(f"{name} does not exist on the Hugging Face Hub"), True
     if status is not None and status < 500 and status not in (408, 429):
         return FetchFailed(f"the Hugging Face Hub answers with status {status} for {name}"), True
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return FetchFailed(f"HF_HUB_OFFLINE is set, so {name} cannot be looked up"), True
     reason = f"answers with status {status}" if status is not None else "cannot be reached"
     return FetchFailed(f"the Hugging Face Hub {reason} (for {name})"), False
