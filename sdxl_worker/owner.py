@@ -7,7 +7,7 @@ import socket
 import time
 from pathlib import Path
 
-_TAG = re.compile(r"\.(?P<host>[^~/]+)~(?P<pid>\d+)~(?P<born>\d+)~[0-9a-f]+\.part$")
+_TAG = re.compile(r"\.(?P<host>[^~/.]+)~(?P<pid>\d+)~(?P<born>\d+)~[0-9a-f]+\.part$")
 
 
 def owner_tag() -> str:
@@ -28,7 +28,7 @@ def is_left_over(path: Path, *, older_than_s: float) -> bool:
 
 @functools.cache
 def _host() -> str:
-    return re.sub(r"[^A-Za-z0-9.\-]", "_", socket.gethostname())[:40] or "unknown"
+    return re.sub(r"[^A-Za-z0-9-]", "_", socket.gethostname())[:40] or "unknown"
 
 
 def _born(pid: int) -> int:
