@@ -135,17 +135,34 @@ def _build(places: tuple[Place, ...], tensors: Mapping[str, Tensor]) -> dict[Tar
 
 def _check_shapes(places: list[Place], changes: Mapping[Target, Change], resident: ResidentModules) -> None:
     written = {(place.component, place.module): place.written for place in places}
+    # A file has about a thousand modules of some thirty kinds: one trial for each kind.
+    fitting: set[Any] = set()
     for target, change in changes.items():
         weight = getattr(resident.modules[target.component][target.module], target.parameter, None)
         name = _quoted(written[target.component, target.module])
         if weight is None:
             raise LoraIncompatible(f"{name} changes a {target.parameter} that the module does not have")
+        kind = (weight.shape, _shapes(change))
+        if kind in fitting:
+            continue
         try:
             _on_meta(change).change(torch.empty(weight.shape, device="meta"))
+            fitting.add(kind)
         except (RuntimeError, IndexError, ValueError) as error:
             raise LoraIncompatible(
                 f"the tensors of {name} do not fit the resident {target.parameter} of shape {tuple(weight.shape)}"
             ) from error
+
+
+def _shapes(value: Any) -> Any:
+    """A change's formula and the shapes of its tensors, as a hashable value."""
+    if isinstance(value, Tensor):
+        return value.shape
+    if isinstance(value, tuple):
+        return tuple(_shapes(part) for part in value)
+    if is_dataclass(value):
+        return type(value), *(_shapes(getattr(value, item.name)) for item in fields(value))
+    return value is None
 
 
 def _on_meta(value: Any) -> Any:

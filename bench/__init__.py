@@ -1,0 +1,1 @@
+"""Measurements: each compares two ways in one run, prints ratios, and writes JSON to bench/results/."""

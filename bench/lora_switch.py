@@ -1,0 +1,281 @@
+"""What a LoRA costs: merged into the resident weights by this worker, against stock diffusers, in one run.
+
+Random weights, real topology: on the CPU an SDXL of about 1/8 width (float32), on a GPU the full 2.6 billion
+parameters (float16). For 1, 2 and 4 LoRAs of rank 32 on every linear layer of the UNet and both text encoders it
+measures apply, restore, the cost of a denoising step, the whole request, peak memory, and whether plain renders keep
+their bits. Prints one table of ratios and writes everything to bench/results/.
+
+    python -m bench.lora_switch [--device cuda] [--steps 28] [--size 1024] [--repeats 5]
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from safetensors.torch import save_file
+
+from bench.report import machine, table, write_result
+from sdxl_worker import tiny
+from sdxl_worker.lora_engine import LoraEngine
+from sdxl_worker.request import LoraScale
+
+RANK, ALPHA, SCALE = 32, 16.0, 0.7
+COUNTS = (1, 2, 4)
+
+
+class Clock:
+    """Times what it is asked to, in seconds, with the device idle before and after."""
+
+    def __init__(self, device: str):
+        self._cuda = device == "cuda"
+
+    def wait(self) -> None:
+        """Until the device has nothing left to do."""
+        if self._cuda:
+            torch.cuda.synchronize()
+
+    def time(self, action: Callable[[], Any]) -> float:
+        """Seconds that `action` takes."""
+        self.wait()
+        start = time.perf_counter()
+        action()
+        self.wait()
+        return time.perf_counter() - start
+
+
+class Memory:
+    """Peak memory in bytes since `reset`: of the GPU, or of this process."""
+
+    def __init__(self, device: str):
+        self._cuda = device == "cuda"
+
+    def reset(self) -> None:
+        """Forget earlier peaks."""
+        gc.collect()
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def peak(self) -> int:
+        """The peak since `reset`."""
+        if self._cuda:
+            return torch.cuda.max_memory_allocated()
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+
+
+def linear_layers(pipeline: Any) -> Iterator[tuple[str, torch.nn.Linear]]:
+    """kohya key and layer of every linear layer that LoRA trainers target by default."""
+    for prefix, root in (
+        ("lora_unet", pipeline.unet),
+        ("lora_te1", pipeline.text_encoder),
+        ("lora_te2", pipeline.text_encoder_2),
+    ):
+        for name, module in root.named_modules():
+            is_target = any(part in name for part in (".attn", ".ff.", "proj_in", "proj_out", ".self_attn.", ".mlp."))
+            if isinstance(module, torch.nn.Linear) and is_target:
+                path = name if prefix == "lora_unet" else f"text_model.{name.removeprefix('text_model.')}"
+                yield f"{prefix}_{path.replace('.', '_')}", module
+
+
+def write_loras(pipeline: Any, folder: Path, count: int) -> list[Path]:
+    """`count` LoRA files in float16 with kohya keys, small enough in effect for float16 to stay finite."""
+    paths = []
+    for index in range(count):
+        generator = torch.Generator().manual_seed(index)
+        tensors: dict[str, torch.Tensor] = {}
+        for key, layer in linear_layers(pipeline):
+            down = torch.randn(RANK, layer.in_features, generator=generator) / layer.in_features**0.5
+            up = torch.randn(layer.out_features, RANK, generator=generator) * 0.02
+            tensors |= {f"{key}.lora_down.weight": down.half(), f"{key}.lora_up.weight": up.half()}
+            tensors[f"{key}.alpha"] = torch.tensor(ALPHA)
+        paths.append(folder / f"lora{index}.safetensors")
+        save_file(tensors, str(paths[-1]))
+    return paths
+
+
+class Request:
+    """One fixed-seed request; `render` returns the picture and records the seconds of each denoising step."""
+
+    def __init__(self, pipeline: Any, clock: Clock, size: int, steps: int):
+        self.pipeline, self.clock, self.size, self.steps = pipeline, clock, size, steps
+        self.step_times: list[float] = []
+
+    def render(self) -> np.ndarray:
+        """The picture as uint8 (height, width, 3)."""
+        last = 0.0
+
+        def after_step(_pipeline: Any, step: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
+            nonlocal last
+            self.clock.wait()
+            now = time.perf_counter()
+            if step:
+                self.step_times.append(now - last)
+            last = now
+            return {}
+
+        self.step_times = []
+        generator = torch.Generator(self.pipeline.device).manual_seed(0)
+        with torch.no_grad():
+            image = self.pipeline(
+                "a lighthouse at dusk",
+                width=self.size,
+                height=self.size,
+                num_inference_steps=self.steps,
+                generator=generator,
+                callback_on_step_end=after_step,
+            ).images[0]
+        return np.asarray(image)
+
+    def timed(self) -> tuple[float, float, np.ndarray]:
+        """Seconds of the whole render, median seconds of one step, and the picture."""
+        pictures: list[np.ndarray] = []
+        whole = self.clock.time(lambda: pictures.append(self.render()))
+        return whole, statistics.median(self.step_times), pictures[0]
+
+
+def stock_apply(pipeline: Any, paths: list[Path]) -> None:
+    """diffusers' own way, from file."""
+    names = [f"adapter{index}" for index in range(len(paths))]
+    for path, name in zip(paths, names, strict=True):
+        pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=name)
+    pipeline.set_adapters(names, [SCALE] * len(names))
+
+
+def ours_apply(engine: LoraEngine, paths: list[Path]) -> None:
+    """This worker's way; files it has read before come from host memory."""
+    engine.apply([(engine.read(path), LoraScale.uniform(SCALE)) for path in paths])
+
+
+def measure(apply: Callable[[], None], undo: Callable[[], Any], request: Request, memory: Memory, repeats: int) -> dict:
+    """Medians over `repeats` alternations, each followed by a plain render, in one interleaved sequence."""
+    clock = request.clock
+    rows: dict[str, list[float]] = {
+        name: [] for name in ("apply", "restore", "whole", "step", "plain_whole", "plain_step")
+    }
+    memory.reset()
+    for _ in range(repeats):
+        rows["apply"].append(clock.time(apply))
+        whole, step, picture = request.timed()
+        rows["restore"].append(clock.time(undo))
+        plain_whole, plain_step, plain = request.timed()
+        rows["whole"].append(whole + rows["apply"][-1] + rows["restore"][-1])
+        rows["step"].append(step)
+        rows["plain_whole"].append(plain_whole)
+        rows["plain_step"].append(plain_step)
+    result: dict[str, Any] = {f"{name}_s": statistics.median(values) for name, values in rows.items()}
+    # Ratios of neighbours, so that a machine that slows down half-way does not show as a cost.
+    result["step_ratio"] = statistics.median(a / b for a, b in zip(rows["step"], rows["plain_step"], strict=True))
+    result["whole_ratio"] = statistics.median(a / b for a, b in zip(rows["whole"], rows["plain_whole"], strict=True))
+    result["peak_bytes"] = memory.peak()
+    result["changed_picture"] = bool((picture != plain).any())
+    result["plain_picture"] = plain
+    return result
+
+
+def compare(
+    pipeline: Any, engine: LoraEngine, paths: list[Path], request: Request, memory: Memory, options: Any
+) -> dict:
+    """Ours and stock for the same files, and whether the plain picture is still the one from before."""
+    before = request.render()
+    cold = request.clock.time(lambda: ours_apply(LoraEngine(pipeline, 0), paths))
+    ours = measure(lambda: ours_apply(engine, paths), engine.restore, request, memory, options.repeats)
+    stock = measure(
+        lambda: stock_apply(pipeline, paths), pipeline.unload_lora_weights, request, memory, options.stock_repeats
+    )
+    for result in (ours, stock):
+        result["plain_bits_kept"] = bool(np.array_equal(result.pop("plain_picture"), before))
+    switch = (ours["apply_s"] + ours["restore_s"]) / (stock["apply_s"] + stock["restore_s"])
+    return {"ours": ours, "stock": stock, "cold_read_and_apply_s": cold, "switch_ratio": switch}
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """All measurements, as JSON-ready numbers."""
+    device = options.device
+    size = tiny.FULL if device == "cuda" else tiny.NARROW
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    # Stock loading reports every key it misses, thousands of lines of them.
+    transformers.logging.set_verbosity_error()
+    pipeline = tiny.build_sdxl(size, dtype=dtype, device=device)
+    pipeline.set_progress_bar_config(disable=True)
+    for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
+        module.eval().requires_grad_(False)
+    request, memory = Request(pipeline, Clock(device), options.size, options.steps), Memory(device)
+    request.render()
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        paths = write_loras(pipeline, Path(folder), max(COUNTS))
+        engine = LoraEngine(pipeline, 8 * 2**30)
+        for count in COUNTS:
+            ours_apply(engine, paths[:count])
+            engine.restore()
+            results[str(count)] = compare(pipeline, engine, paths[:count], request, memory, options)
+            sys.stderr.write(f"{count} LoRA(s) measured\n")
+    modules = sum(1 for _ in linear_layers(pipeline))
+    parameters = sum(
+        value.numel()
+        for root in (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2)
+        for value in root.parameters()
+    )
+    model = {
+        "parameters": parameters,
+        "lora_modules": modules,
+        "rank": RANK,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    return {"model": model, "options": vars(options), "loras": results}
+
+
+def rows(results: dict[str, Any]) -> list[list[str]]:
+    """The table: one row per figure, one column per number of LoRAs."""
+
+    def line(title: str, value: Callable[[dict[str, Any]], str]) -> list[str]:
+        return [title, *(value(results["loras"][str(count)]) for count in COUNTS)]
+
+    return [
+        line("apply + restore, warm, against stock load + unload", lambda r: f"1/{1 / r['switch_ratio']:.0f}"),
+        line("apply + restore, warm (ms)", lambda r: f"{1e3 * (r['ours']['apply_s'] + r['ours']['restore_s']):.0f}"),
+        line("stock load + unload (ms)", lambda r: f"{1e3 * (r['stock']['apply_s'] + r['stock']['restore_s']):.0f}"),
+        line("read from disk and apply, cold (ms)", lambda r: f"{1e3 * r['cold_read_and_apply_s']:.0f}"),
+        line("denoising step against none: ours", lambda r: f"{r['ours']['step_ratio']:.3f}"),
+        line("denoising step against none: stock", lambda r: f"{r['stock']['step_ratio']:.3f}"),
+        line("whole request against none: ours", lambda r: f"{r['ours']['whole_ratio']:.3f}"),
+        line("whole request against none: stock", lambda r: f"{r['stock']['whole_ratio']:.3f}"),
+        line("peak memory, ours / stock", lambda r: f"{r['ours']['peak_bytes'] / r['stock']['peak_bytes']:.2f}"),
+        line("plain renders keep their bits: ours", lambda r: "yes" if r["ours"]["plain_bits_kept"] else "no"),
+        line("plain renders keep their bits: stock", lambda r: "yes" if r["stock"]["plain_bits_kept"] else "no"),
+    ]
+
+
+def main() -> None:
+    """Parse the command line, measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--steps", type=int, default=28, help="denoising steps of the request (default 28)")
+    parser.add_argument("--size", type=int, help="picture side in pixels (default 1024 on a GPU, 256 on the CPU)")
+    parser.add_argument("--repeats", type=int, default=5, help="alternations measured for this worker (default 5)")
+    parser.add_argument("--stock-repeats", type=int, default=3, help="alternations measured for stock (default 3)")
+    parser.add_argument("--threads", type=int, help="CPU threads for torch (default: torch's own)")
+    options = parser.parse_args()
+    options.size = options.size or (1024 if options.device == "cuda" else 256)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    results = {**machine(options.device), **run(options)}
+    path = write_result(f"lora_switch_{options.device}", results)
+    sys.stdout.write(table(["figure", *(f"{count} LoRA" for count in COUNTS)], rows(results)) + f"\n{path}\n")
+
+
+if __name__ == "__main__":
+    main()
