@@ -1,6 +1,7 @@
 """Find the base model and VAE on this machine, and download them when they are not there."""
 
 import logging
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +22,12 @@ RETRY_S = 2.0
 _FOLDERS = frozenset({"scheduler", "tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "unet", "vae"})
 _TEXT = (".json", ".txt", ".model")
 # The first kind of weight file that a component has is taken; other precisions, EMA copies and frameworks are not.
-_WEIGHT_KINDS = (".fp16.safetensors", ".safetensors", ".fp16.bin", ".bin")
+_STEM, _SHARD = r"(model|diffusion_pytorch_model|pytorch_model)", r"(-\d+-of-\d+)?"
+_WEIGHT_KINDS = tuple(
+    re.compile(_STEM + _SHARD + precision + suffix)
+    for suffix in (r"\.safetensors", r"\.bin")
+    for precision in (rf"\.fp16{_SHARD}", "")
+)
 
 T = TypeVar("T")
 
@@ -148,16 +154,8 @@ def needed_files(names: list[str]) -> list[str]:
 
 
 def _weights(files: list[str]) -> list[str]:
-    prefixes = ("model", "diffusion_pytorch_model", "pytorch_model")
     for kind in _WEIGHT_KINDS:
-        found = [
-            name
-            for name in files
-            if name.endswith(kind)
-            and (stem := PurePosixPath(name).name.removesuffix(kind)).startswith(prefixes)
-            and "." not in stem
-        ]
-        if found:
+        if found := [name for name in files if kind.fullmatch(PurePosixPath(name).name)]:
             return found
     return []
 

@@ -51,6 +51,9 @@ class Hub:
     def route(self, path: str) -> Reply:
         if self.down:
             return status(503)
+        tree = re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/(.+)", path)
+        if tree:
+            return self._guarded(tree[1], unquote(tree[2]), "", tree=True)
         api = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path)
         if api:
             return self._guarded(api[1], unquote(api[2] or "main"), None)
@@ -59,9 +62,9 @@ class Hub:
             return self._guarded(file[1], unquote(file[2]), unquote(file[3]))
         return status(404)
 
-    def _guarded(self, name: str, revision: str, path: str | None) -> Reply:
+    def _guarded(self, name: str, revision: str, path: str | None, *, tree: bool = False) -> Reply:
         def reply(handler: Handler) -> None:
-            self._answer(name, revision, path, handler)(handler)
+            (_tree(self.repos[name]) if tree else self._answer(name, revision, path, handler))(handler)
 
         return reply
 
@@ -104,6 +107,14 @@ class Hub:
                 handler.wfile.write(content)
 
         return reply
+
+
+def _tree(repo: Repo) -> Reply:
+    files = [
+        {"type": "file", "path": path, "size": len(content), "oid": sha256(content)[:40]}
+        for path, content in repo.files.items()
+    ]
+    return status(200, json.dumps(files).encode(), content_type="application/json")
 
 
 class _Routes(dict[str, list[Reply]]):
