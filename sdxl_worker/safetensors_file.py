@@ -11,6 +11,7 @@ import io
 import json
 import math
 import os
+import shutil
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -98,6 +99,21 @@ def view_tensors(header: Header, data: torch.Tensor) -> dict[str, torch.Tensor]:
             part = part.clone()
         views[name] = part.view(getattr(torch, DTYPES[entry.dtype][0])).reshape(entry.shape)
     return views
+
+
+def copy_with_metadata(source: Path, target: Path, metadata: Mapping[str, str]) -> None:
+    """Copy the file at `source` to `target` with `metadata` added to its own; raises BadLoraFile."""
+    with _open(source) as file:
+        header = _read_header(file)
+        fields: dict[str, Any] = {
+            name: {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": (entry.begin, entry.end)}
+            for name, entry in header.entries.items()
+        }
+        text = json.dumps({"__metadata__": {**header.metadata, **metadata}, **fields}).encode()
+        text += b" " * (-len(text) % 8)
+        with target.open("wb") as output:
+            output.write(struct.pack("<Q", len(text)) + text)
+            shutil.copyfileobj(file, output, 2**20)
 
 
 def _open(path: Path) -> io.BufferedReader:

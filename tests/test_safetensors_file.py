@@ -13,7 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sdxl_worker.errors import BadLoraFile, NotALora
-from sdxl_worker.safetensors_file import MAX_HEADER_BYTES, read_header, read_tensors, view_tensors
+from sdxl_worker.safetensors_file import (
+    MAX_HEADER_BYTES,
+    copy_with_metadata,
+    read_header,
+    read_tensors,
+    view_tensors,
+)
 
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
@@ -130,6 +136,15 @@ def test_misaligned_tensors_are_read(tmp_path: Path):
     data = b"\7" + struct.pack("<f", 1.5)
     views = view_tensors(*read_tensors(_file(tmp_path / "a.safetensors", header, data)))
     assert views["b"].item() == 1.5
+
+
+def test_metadata_is_added_and_the_tensors_stay(tmp_path: Path):
+    source, target = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    save_file({"a": torch.randn(3), "b": torch.randn(2, 2).half()}, str(source), {"title": "x"})
+    copy_with_metadata(source, target, {"more": '{"é": 1}'})
+    assert read_header(target).metadata == {"title": "x", "more": '{"é": 1}'}
+    before, after = load_file(str(source)), load_file(str(target))
+    assert all(torch.equal(before[name], after[name]) for name in ("a", "b"))
 
 
 def test_a_file_truncated_while_held_does_not_matter(tmp_path: Path):
