@@ -16,8 +16,8 @@ from sdxl_worker import locks
 def main(url: str, *options: str) -> None:
     """Everything is imported before "ready", except what only a download needs."""
     if "no-locks" in options:
-        locks.FileLock.acquire = lambda *_a, **_o: None  # type: ignore[method-assign, assignment, return-value]
-        locks.FileLock.release = lambda *_a, **_o: None  # type: ignore[method-assign, assignment]
+        for name in ("acquire", "release"):
+            setattr(locks.FileLock, name, lambda *_arguments, **_options: None)
     sys.stdout.write("ready\n")
     sys.stdout.flush()
     sys.stdin.readline()
