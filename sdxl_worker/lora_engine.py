@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from sdxl_worker.lora_file import LoraContent, LoraFacts, read_lora
-from sdxl_worker.lora_formats import Change
+from sdxl_worker.lora_formats import Change, map_tensors
 from sdxl_worker.lora_keys import COMPONENTS, ResidentModules
 from sdxl_worker.lora_match import Matched, match_lora
 from sdxl_worker.lora_merge import Target, WeightMerger
 from sdxl_worker.request import LoraScale
-from sdxl_worker.safetensors_file import view_tensors
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
@@ -39,6 +40,22 @@ class ParsedLora:
     def size(self) -> int:
         """Bytes of host memory."""
         return self.content.data.numel()
+
+    def changes_on(self, device: torch.device) -> dict[Target, Change]:
+        """The changes with their tensors on `device`: one transfer of the whole file instead of one per tensor."""
+        data = self.content.data
+        if device == data.device:
+            return self.matched.changes
+        moved = data.to(device, non_blocking=True)
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.untyped_storage().data_ptr() != data.untyped_storage().data_ptr():
+                return tensor.to(device, non_blocking=True)
+            begin = tensor.data_ptr() - data.data_ptr()
+            part = moved[begin : begin + tensor.numel() * tensor.element_size()]
+            return part.view(tensor.dtype).view(tensor.shape)
+
+        return {target: map_tensors(change, move) for target, change in self.matched.changes.items()}
 
 
 @dataclass(frozen=True)
@@ -94,7 +111,7 @@ class LoraEngine:
         applied = []
         for parsed, scale in loras:
             modules = set()
-            for target, change in self._changes(parsed).items():
+            for target, change in parsed.changes_on(self._device).items():
                 strength = getattr(scale, target.component)
                 if strength:
                     changes.setdefault(target, []).append((change, strength))
@@ -110,13 +127,6 @@ class LoraEngine:
     def restore(self) -> None:
         """Take every LoRA away: all weights have their pristine bits again. Raises RestoreFailed."""
         self._merger.restore()
-
-    def _changes(self, parsed: ParsedLora) -> dict[Target, Change]:
-        if self._device.type == "cpu":
-            return parsed.matched.changes
-        # One transfer of the whole file instead of one for each of its tensors.
-        data = parsed.content.data.to(self._device, non_blocking=True)
-        return parsed.matched.build(view_tensors(parsed.content.header, data))
 
     def _remember(self, key: tuple[int, ...], parsed: ParsedLora) -> None:
         with self._cache_lock:

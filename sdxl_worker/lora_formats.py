@@ -12,8 +12,8 @@ Sources: LoRA, Hu et al. 2021 (arXiv 2106.09685); LoCon, LoHa, LoKr and their Tu
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -243,6 +243,17 @@ _WEIGHT_FORMATS: tuple[tuple[str, Callable[[Roles, float | None], Change]], ...]
     ("diff", lambda roles, _alpha: Difference(roles.pop("diff"))),
     ("w_norm", lambda roles, _alpha: Difference(roles.pop("w_norm"))),
 )
+
+
+def map_tensors(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of a change in which `move` has replaced every tensor."""
+    if isinstance(value, Tensor):
+        return move(value)
+    if isinstance(value, tuple):
+        return tuple(map_tensors(part, move) for part in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{item.name: map_tensors(getattr(value, item.name), move) for item in fields(value)})
+    return value
 
 
 def build_changes(module: str, tensors: Mapping[str, Tensor], default_alpha: float | None = None) -> dict[str, Change]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from sdxl_worker.errors import LoraIncompatible
 from sdxl_worker.lora_base_model import SDXL, UNKNOWN
 from sdxl_worker.lora_file import LoraContent
-from sdxl_worker.lora_formats import Change, build_changes
+from sdxl_worker.lora_formats import Change, build_changes, map_tensors
 from sdxl_worker.lora_keys import TEXT_ENCODER, ResidentModules, split_module
 from sdxl_worker.lora_merge import Target
 from sdxl_worker.lora_metadata import clean_text
@@ -32,15 +32,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Matched:
-    """A file matched to the resident model. `changes` are on the host; `build` makes them anew from moved tensors."""
+    """A file matched to the resident model: the change of each parameter, on the host, and what to tell the caller."""
 
-    places: tuple[Place, ...] = field(repr=False)
     changes: dict[Target, Change] = field(repr=False)
     warnings: tuple[str, ...] = ()
-
-    def build(self, tensors: Mapping[str, Tensor]) -> dict[Target, Change]:
-        """The changes by target, from the file's tensors by name (on any device)."""
-        return _build(self.places, tensors)
 
 
 def match_lora(content: LoraContent, resident: ResidentModules) -> Matched:
@@ -59,7 +54,7 @@ def match_lora(content: LoraContent, resident: ResidentModules) -> Matched:
             "this LoRA changes only the text encoder that Stable Diffusion 1.5 and SDXL share, and nothing in it says "
             "that it was made for SDXL"
         )
-    changes = _build(tuple(places), content.tensors)
+    changes = _build(places, content.tensors)
     _check_shapes(places, changes, resident)
     warnings = []
     if missing:
@@ -67,7 +62,7 @@ def match_lora(content: LoraContent, resident: ResidentModules) -> Matched:
     if content.keys.embeddings:
         names = ", ".join(clean_text(name) for name in content.keys.embeddings[:10])
         warnings.append(f"bundled embeddings are not applied: {names}")
-    return Matched(tuple(places), changes, tuple(warnings))
+    return Matched(changes, tuple(warnings))
 
 
 def _find_places(content: LoraContent, resident: ResidentModules) -> tuple[list[Place], list[str]]:
@@ -124,7 +119,7 @@ def _sdxl_modules() -> ResidentModules:
     return ResidentModules(tiny.structure(tiny.FULL))
 
 
-def _build(places: tuple[Place, ...], tensors: Mapping[str, Tensor]) -> dict[Target, Change]:
+def _build(places: list[Place], tensors: Mapping[str, Tensor]) -> dict[Target, Change]:
     changes: dict[Target, Change] = {}
     for place in places:
         roles = {role: tensors[name] for role, name in place.roles.items()}
@@ -146,7 +141,8 @@ def _check_shapes(places: list[Place], changes: Mapping[Target, Change], residen
         if kind in fitting:
             continue
         try:
-            _on_meta(change).change(torch.empty(weight.shape, device="meta"))
+            # On the meta device a formula checks its shapes and computes nothing.
+            map_tensors(change, _to_meta).change(torch.empty(weight.shape, device="meta"))
             fitting.add(kind)
         except (RuntimeError, IndexError, ValueError) as error:
             raise LoraIncompatible(
@@ -165,15 +161,8 @@ def _shapes(value: Any) -> Any:
     return value is None
 
 
-def _on_meta(value: Any) -> Any:
-    """A copy of a change whose tensors have shapes but no values: its formula then costs nothing."""
-    if isinstance(value, Tensor):
-        return value.to("meta")
-    if isinstance(value, tuple):
-        return tuple(_on_meta(part) for part in value)
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{item.name: _on_meta(getattr(value, item.name)) for item in fields(value)})
-    return value
+def _to_meta(tensor: Tensor) -> Tensor:
+    return tensor.to("meta")
 
 
 def _quoted(name: str) -> str:

@@ -179,6 +179,37 @@ def test_a_pipeline_has_one_engine(pipeline):
     assert engine_for(pipeline) is engine_for(pipeline)
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_changes_on_another_device_are_the_same(name: str, pipeline, engine, tmp_path: Path, monkeypatch):
+    """One copy of the whole buffer, cut up again: on the CPU a second buffer stands in for the GPU's."""
+    parsed = engine.read(save(tmp_path / "a.safetensors", whole_unet(pipeline.unet, name)[0]))
+    copied = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *_args, **_keywords: self.clone())
+    moved = parsed.changes_on(torch.device("cuda"))
+    monkeypatch.setattr(torch.Tensor, "to", copied)
+    assert moved.keys() == parsed.matched.changes.keys()
+    for target, change in parsed.matched.changes.items():
+        weight = pipeline.unet.get_parameter(f"{target.module}.{target.parameter}")
+        assert torch.equal(moved[target].change(weight), change.change(weight))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FORMATS)
+def test_restore_is_bit_exact_on_the_gpu(name: str, tmp_path: Path):
+    pipeline = tiny.build_sdxl(dtype=torch.float16, device="cuda")
+    engine = LoraEngine(pipeline, 2**30)
+    before = {key: value.clone() for key, value in pipeline.unet.state_dict().items()}
+    host = tiny.build_sdxl(dtype=torch.float16)
+    tensors, changes = whole_unet(host.unet, name)
+    engine.apply([(engine.read(save(tmp_path / "a.safetensors", tensors)), LoraScale.uniform(0.5))])
+    for module, change in changes.items():
+        weight = host.unet.get_parameter(f"{module}.weight")
+        expected = (weight.double() + 0.5 * change).half()
+        assert torch.allclose(pipeline.unet.get_parameter(f"{module}.weight").cpu(), expected, atol=2e-3, rtol=2e-3)
+    engine.restore()
+    assert all(torch.equal(value, before[key]) for key, value in pipeline.unet.state_dict().items())
+
+
 def test_low_rank_files_take_the_fused_path(pipeline, engine, files):
     """The format most people use must not fall back to the general sum."""
     assert all(isinstance(change, LowRank) for change in engine.read(files[0]).matched.changes.values())
