@@ -111,7 +111,8 @@ def _failure(error: Exception, resident: Resident) -> dict[str, Any]:
     answer = sendable(failure.as_answer())
     if resident.health.failed(failure):
         answer["refresh_worker"] = True
-    free_memory(error)
+    if not failure.caller_at_fault:
+        free_memory(error)
     return answer
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import logging
 import os
 from collections.abc import Awaitable, Callable
@@ -15,6 +16,7 @@ from sdxl_worker.cache import prepare_folder
 from sdxl_worker.errors import ModelUnavailable
 from sdxl_worker.health import CHECKS, startup_line
 from sdxl_worker.resident import Mode, Resident
+from sdxl_worker.sdk_loop import leave_promptly, retry_dropped_connections, running_scaler
 from sdxl_worker.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -69,6 +71,9 @@ def get_ready(resident: Resident, preload: Callable[[], None]) -> None:
         if resident.mode is not Mode.PRODUCTION:
             raise
         logger.exception("the base model is not available")
+    # What the libraries have made so far stays: without it in every full collection a job loses some 0.3 s less.
+    gc.collect()
+    gc.freeze()
 
 
 def register_checks(resident: Resident, register: Callable[[Callable[[], None]], Any]) -> None:
@@ -82,10 +87,9 @@ def sdk_config(resident: Resident, handler: Callable[[dict[str, Any]], Awaitable
 
     def concurrency(_current: int) -> int:
         # The SDK calls this first of all in its running loop: the earliest moment at which that loop can be had.
-        from sdxl_worker.shutdown import leave_promptly, running_scaler
-
         if (scaler := running_scaler()) is not None:
             leave_promptly(scaler)
         return max(1, resident.settings.worker_concurrency)
 
+    retry_dropped_connections()
     return {"handler": handler, "concurrency_modifier": concurrency}

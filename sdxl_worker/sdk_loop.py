@@ -1,17 +1,22 @@
-"""Leave the SDK's job loop at once and lose no job when RunPod says SIGTERM.
+"""Two things that the SDK's job loop (runpod 1.12.0) needs so that every job it takes is answered once.
 
-Left alone, the loop waits up to 90 seconds in a job request that is still open, and a job that arrives in there is
-taken, never run and never answered (runpod 1.12.0, rp_scale.JobScaler).
+Left alone, the loop waits up to 90 seconds in a job request that is still open when RunPod says SIGTERM, and a job that
+arrives in there is taken, never run and never answered (rp_scale.JobScaler). And of the three tries it means to give an
+answer, only HTTP errors get more than one: a dropped connection loses the answer (rp_http._transmit, aiohttp_retry).
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import signal
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import aiohttp
+from aiohttp_retry import FibonacciRetry
+from runpod.serverless.modules import rp_http
 from runpod.serverless.modules.rp_scale import JobScaler
 
 logger = logging.getLogger(__name__)
@@ -19,6 +24,12 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.2
 
 Fetcher = Callable[..., Awaitable[Any]]
+
+
+def retry_dropped_connections() -> None:
+    """Give an answer whose connection breaks the same three tries as one that meets an HTTP error."""
+    exceptions = (aiohttp.ClientConnectionError, asyncio.TimeoutError)
+    rp_http.FibonacciRetry = functools.partial(FibonacciRetry, exceptions=exceptions)
 
 
 def running_scaler() -> JobScaler | None:

@@ -1,0 +1,128 @@
+"""Four workers on one queue with one cache folder; stopping, ending and killing them."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.integration.conftest import SMALL, Workers
+from tests.integration.queue_server import QueueServer
+from tests.integration.worker_process import WorkerProcess
+from tests.support.http_server import FileServer, held
+
+LONG = {**SMALL, "num_inference_steps": 100}
+NAMES = ("w1", "w2", "w3", "w4")
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """The workers by name."""
+
+    processes: dict[str, WorkerProcess]
+
+
+@pytest.fixture(scope="module")
+def fleet(queue: QueueServer, workers: Workers) -> Fleet:
+    """All workers up: each has rendered once."""
+    fleet = Fleet({name: workers.start(name) for name in NAMES})
+    for job_id in [queue.submit(SMALL, worker=name) for name in NAMES]:
+        queue.answer(job_id, 120)
+    return fleet
+
+
+def running(queue: QueueServer, job_id: str) -> None:
+    """Wait until the job denoises."""
+
+    def is_denoising() -> bool:
+        return any(event.body["output"]["stage"] == "denoising" for event in queue.of("progress", job_id))
+
+    queue.wait(is_denoising, 60, f"{job_id} denoising")
+
+
+def test_every_job_is_answered_once_and_each_lora_downloaded_once(fleet, queue: QueueServer, files: FileServer, cache):
+    names = [f"{letter}.safetensors" for letter in "abcd"]
+    ids = [queue.submit({**SMALL, "loras": [f"{files.origin}/{names[index % 4]}"]}) for index in range(16)]
+    answers = [queue.answer(job_id) for job_id in ids]
+    assert all(answer["output"]["loras"][0]["layers_applied"] > 100 for answer in answers)
+    assert len({answer["output"]["images"][0] for answer in answers}) == 4
+    assert Counter(event.job for event in queue.of("done") if event.job in ids) == Counter(ids)
+    assert len({event.worker for event in queue.of("done") if event.job in ids}) > 1
+    for name in names:
+        assert len(files.asked(f"/{name}")) == 1, name
+    assert len(list(cache.glob("*_?.safetensors"))) == 4
+    assert not list(cache.glob(".partial/*"))
+
+
+def test_pings_say_what_is_running(fleet, queue: QueueServer):
+    job_id = queue.submit(LONG, worker="w1")
+    queue.wait(lambda: any(event.body.get("job_id") == job_id for event in queue.of("ping")), 30, "a ping")
+    assert "output" in queue.answer(job_id)
+
+
+def test_a_job_stopped_while_denoising_gets_no_answer_and_the_next_one_the_usual_bits(fleet, queue: QueueServer):
+    before = queue.answer(queue.submit(SMALL, worker="w1"))["output"]["images"]
+    stopped = queue.submit({**LONG, "loras": ["tiny-example"]}, worker="w1")
+    running(queue, stopped)
+    queue.stop_job(stopped)
+    after = queue.answer(queue.submit(SMALL, worker="w1"))["output"]["images"]
+    assert after == before
+    assert not queue.of("done", stopped)
+    log = fleet.processes["w1"].text
+    # The next job started only when the stopped one had put the weights back.
+    assert log.index(f'"job": "{stopped}", "outcome": "CANCELLED"') < log.index(f"{stopped} | Job stopped.")
+
+
+def test_a_job_stopped_while_downloading_leaves_nothing_in_the_cache(
+    fleet, queue: QueueServer, files: FileServer, cache, lora_bytes: bytes
+):
+    release, reached = threading.Event(), threading.Event()
+    files.add("/held.safetensors", held(lora_bytes, 1000, release, reached))
+    stopped = queue.submit({**SMALL, "loras": [f"{files.origin}/held.safetensors"]}, worker="w2")
+    assert reached.wait(30)
+    queue.stop_job(stopped)
+    assert "output" in queue.answer(queue.submit(SMALL, worker="w2"))
+    release.set()
+    assert not queue.of("done", stopped)
+    assert not list(cache.glob("*held*"))
+    assert not list(cache.glob(".partial/*"))
+
+
+def test_row_54_job_done_fails_three_times_and_the_worker_goes_on(fleet, queue: QueueServer):
+    queue.misbehave = lambda kind, job, count: 500 if (kind, job) == ("done", lost) and count <= 3 else None
+    lost = "lost-job"
+    queue.submit(SMALL, worker="w3", job_id=lost)
+    first = queue.answer(queue.submit(SMALL, worker="w3"))
+    assert queue.calls["done", lost] == 3
+    assert not queue.of("done", lost)
+    assert "Failed to return job results" in fleet.processes["w3"].text
+    queue.misbehave = lambda *_: None
+    queue.submit(SMALL, worker="w3", job_id=lost)
+    assert queue.answer(lost)["output"]["images"] == first["output"]["images"]
+
+
+def test_row_51_sigterm_during_a_job_posts_its_answer_and_exits_0(fleet, queue: QueueServer):
+    job_id = queue.submit(LONG, worker="w3")
+    running(queue, job_id)
+    fleet.processes["w3"].terminate()
+    assert "output" in queue.answer(job_id)
+    assert fleet.processes["w3"].process.wait(30) == 0
+    unserved = queue.submit(SMALL, worker="w3")
+    assert not queue.of("take", unserved)
+
+
+def test_sigterm_while_idle_exits_0_at_once_and_takes_no_job(fleet, queue: QueueServer):
+    fleet.processes["w2"].terminate()
+    assert fleet.processes["w2"].process.wait(30) == 0
+
+
+def test_sigkill_during_a_job_and_another_worker_answers_it(fleet, queue: QueueServer, cache: Path, files: FileServer):
+    job_id = queue.submit({**LONG, "loras": ["tiny-example"]}, worker="w4")
+    running(queue, job_id)
+    fleet.processes["w4"].kill()
+    queue.submit({**LONG, "loras": ["tiny-example"]}, worker="w1", job_id=job_id)
+    assert queue.answer(job_id)["output"]["loras"][0]["name"] == "tiny-example.safetensors"
+    assert len(queue.of("done", job_id)) == 1

@@ -1,0 +1,78 @@
+"""A real worker: handler.py in its own process, on the tiny model."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+# One thread per process: several busy processes with more are many times slower on a small machine.
+_ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+
+
+def worker_environment(cache: Path, **more: str) -> dict[str, str]:
+    """The tiny model offline, downloads from loopback allowed, and nothing of the caller's own RunPod settings."""
+    inherited = {
+        name: value for name, value in os.environ.items() if not name.startswith(("RUNPOD_", "BUCKET_", "LORA_", "HF_"))
+    }
+    return {
+        **inherited,
+        **_ONE_THREAD,
+        "MODEL_ID": "tiny",
+        "LORA_CACHE_DIR": str(cache),
+        "HF_HUB_OFFLINE": "1",
+        "RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS": "true",
+        # The SDK's own checks want the internet.
+        "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "true",
+        "RUNPOD_SKIP_GPU_CHECK": "true",
+        "PYTHONUNBUFFERED": "1",
+        **more,
+    }
+
+
+class WorkerProcess:
+    """Runs `python handler.py ARGUMENTS`; its output goes to `log`. A context manager that leaves no process behind."""
+
+    def __init__(self, log: Path, environment: dict[str, str], *arguments: str, folder: Path | None = None) -> None:
+        self.log = log
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, str(ROOT / "handler.py"), *arguments],
+                cwd=folder or log.parent,
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def __enter__(self) -> WorkerProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    @property
+    def text(self) -> str:
+        """Everything the worker has written so far."""
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+    @property
+    def resident_bytes(self) -> int:
+        """How much memory the worker holds right now."""
+        pages = Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+    def terminate(self) -> None:
+        """What RunPod sends when it scales down."""
+        self.process.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """The hard way, the SDK's ping process included."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(30)
