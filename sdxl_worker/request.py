@@ -6,7 +6,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class LoraScale:
-    """How strongly a LoRA is applied, per part of the model (any finite number; 0 = not at all, negative = inverted)."""
+    """How strongly a LoRA is applied to each part of the model: finite; 0 = not at all, negative = inverted."""
 
     unet: float = 1.0
     text_encoder: float = 1.0
