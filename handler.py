@@ -123,7 +123,7 @@ def _answer(raw_input: Any, run: JobRun, resident: Resident) -> dict[str, Any]:
         bucket_is_configured(resident.settings)
     pipeline = resident.pipeline
     image = fetch_input_image(request.image_url, resident.settings, run) if request.image_url else None
-    ready = _ready_loras(pipeline, request.loras, run)
+    ready = _ready_loras(pipeline, request.loras, run) if request.loras else []
     pictures, applied = _draw(pipeline, request, ready, image, run)
     resident.health.succeeded()
     images, warnings = deliver(pictures, request, [lora.used for lora in ready], run, resident)
