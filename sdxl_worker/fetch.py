@@ -1,13 +1,12 @@
 """Fetch a URL whole, within one deadline: retries, resuming, size cap and progress."""
 
 import email.utils
-import hashlib
 import io
 import logging
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import requests
@@ -25,6 +24,7 @@ from sdxl_worker.errors import (
     LoraNotFound,
     TooLarge,
 )
+from sdxl_worker.hashing import BackgroundSha256
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ Progress = Callable[[int, int | None], None]
 ATTEMPTS = 5  # in a row without at least GOOD_PROGRESS more bytes
 GOOD_PROGRESS = 8 << 20
 BACKOFF_S = 0.5
-CHUNK = 1 << 20
+CHUNK = 4 << 20
 PROGRESS_INTERVAL_S = 0.25
 _RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524})
 _BROKEN = (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError)
@@ -47,21 +47,22 @@ class _Transfer:
     sink: BinaryIO
     max_bytes: int
     on_progress: Progress | None
-    digest: Any = field(default_factory=hashlib.sha256)
+    digest: BackgroundSha256
     done: int = 0
     total: int | None = None
     validator: str = ""
     told_at: float = 0.0
 
     def restart(self) -> None:
-        self.done, self.total, self.validator, self.digest = 0, None, "", hashlib.sha256()
+        self.done, self.total, self.validator = 0, None, ""
+        self.digest.restart()
         _on_disk(lambda: (self.sink.seek(0), self.sink.truncate()))
 
     def take(self, chunk: bytes) -> None:
         if self.done + len(chunk) > self.max_bytes:
             raise _too_large(self.max_bytes)
-        _on_disk(lambda: _write_all(self.sink, chunk))
         self.digest.update(chunk)
+        _on_disk(lambda: _write_all(self.sink, chunk))
         self.done += len(chunk)
         self.tell()
 
@@ -97,18 +98,19 @@ def fetch_to(
     Raises the LoraDownloadError that FAULTS names for what went wrong, Cancelled when the job was stopped, and
     CacheWriteError when `sink` cannot take the bytes.
     """
-    transfer = _Transfer(sink, max_bytes, on_progress)
-    failures = 0
-    while True:
-        before = transfer.done
-        try:
-            _attempt(target, transfer, budget)
-        except _Again as again:
-            failures = 1 if transfer.done - before >= GOOD_PROGRESS else failures + 1
-            _prepare_retry(again, failures, target, budget)
-        else:
-            transfer.tell(last=True)
-            return Fetched(transfer.done, transfer.digest.hexdigest())
+    with BackgroundSha256() as digest:
+        transfer = _Transfer(sink, max_bytes, on_progress, digest)
+        failures = 0
+        while True:
+            before = transfer.done
+            try:
+                _attempt(target, transfer, budget)
+            except _Again as again:
+                failures = 1 if transfer.done - before >= GOOD_PROGRESS else failures + 1
+                _prepare_retry(again, failures, target, budget)
+            else:
+                transfer.tell(last=True)
+                return Fetched(transfer.done, digest.hexdigest())
 
 
 def fetch_bytes(url: str, *, max_bytes: int, deadline_s: float, should_stop: Callable[[], bool] | None = None) -> bytes:

@@ -1,0 +1,284 @@
+"""What the LoRA cache costs: a large download against curl, a hit, and eight cold workers against one, in one run.
+
+Everything is on loopback and one disk. The large file is written to `--folder` by both sides: a memory file system
+(/dev/shm) measures the two programs, a disk mostly measures the disk. `fetch` is the transfer with its sha256, which
+curl does not compute; `download_lora` adds the check of every value, fsync and the rename. A hit's system calls are
+counted with strace where there is one. Prints a table of ratios and writes everything to bench/results/.
+
+    python -m bench.cache [--megabytes 1000] [--repeats 7] [--folder /dev/shm]
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from bench.report import machine, table, write_result
+from download_weights import download_lora
+from sdxl_worker.budget import Budget
+from sdxl_worker.connect import Target
+from sdxl_worker.fetch import fetch_to
+from sdxl_worker.settings import Settings
+from tests.support.download_files import lora_bytes
+
+WORKERS = 8
+RACE_MB = 200
+HITS = 1000
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Sends one file with sendfile(2), so that the server costs little; /count answers how often it did."""
+
+    protocol_version = "HTTP/1.1"
+    file = Path()
+    sent = 0
+
+    def do_GET(self) -> None:
+        self.close_connection = True
+        if self.path == "/count":
+            self._start(len(str(Handler.sent)))
+            self.wfile.write(str(Handler.sent).encode())
+            return
+        Handler.sent += 1
+        with self.file.open("rb") as content:
+            self._start(os.fstat(content.fileno()).st_size)
+            self.connection.sendfile(content)
+
+    def _start(self, length: int) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(length))
+        self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.flush()
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        """Say nothing."""
+
+
+def serve(file: Path) -> None:
+    """Print the port, then serve `file` for ever."""
+    Handler.file = file
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    sys.stdout.write(f"{server.server_port}\n")
+    sys.stdout.flush()
+    server.serve_forever()
+
+
+@contextmanager
+def server(file: Path) -> Iterator[str]:
+    """The origin of a server process for `file`."""
+    command = [sys.executable, "-m", "bench.cache", "--serve", str(file)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        yield f"http://127.0.0.1:{process.stdout.readline().strip()}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def seconds(action: Any, *arguments: Any) -> float:
+    """How long `action(*arguments)` takes."""
+    start = time.perf_counter()
+    action(*arguments)
+    return time.perf_counter() - start
+
+
+def with_curl(url: str, target: Path) -> None:
+    """The yardstick."""
+    subprocess.run(["curl", "--silent", "--fail", "--output", str(target), url], check=True)
+
+
+def with_fetch(url: str, target: Path) -> None:
+    """The worker's transfer alone: guard, hash, limits."""
+    with target.open("xb", buffering=0) as sink:
+        fetch_to(sink, Target(url), max_bytes=1 << 40, budget=Budget.start(600))
+
+
+def with_download_lora(url: str, target: Path) -> None:
+    """All of it, into a new cache folder."""
+    download_lora(url, settings=Settings(lora_cache_dir=target, lora_max_mb=1e6, download_timeout=600))
+
+
+def measure_download(file: Path, folder: Path, repeats: int) -> dict[str, Any]:
+    """Seconds per program, taken in turns so that a busy machine slows all of them."""
+    programs = {"curl": with_curl, "fetch": with_fetch, "download_lora": with_download_lora}
+    taken: dict[str, list[float]] = {name: [] for name in programs}
+    with server(file) as origin, tempfile.TemporaryDirectory(dir=folder) as scratch:
+        target = Path(scratch) / "target"
+        for round_number in range(repeats + 1):
+            for name, program in programs.items():
+                took = seconds(program, f"{origin}/large.safetensors", target)
+                shutil.rmtree(target) if target.is_dir() else target.unlink()
+                if round_number:  # the first round imports and warms up
+                    taken[name].append(took)
+    size = file.stat().st_size
+    rates = {name: size / 1e6 / statistics.median(values) for name, values in taken.items()}
+    return {
+        "bytes": size,
+        "seconds": taken,
+        "megabytes_per_second": rates,
+        "ratio_fetch_to_curl": rates["fetch"] / rates["curl"],
+        "ratio_fetch_to_curl_best_of_each": min(taken["curl"]) / min(taken["fetch"]),
+        "ratio_download_lora_to_curl": rates["download_lora"] / rates["curl"],
+    }
+
+
+def hit(folder: Path, url: str, times: int) -> list[float]:
+    """Seconds of each of `times` cache hits."""
+    settings = Settings(lora_cache_dir=folder)
+    return [seconds(lambda: download_lora(url, settings=settings)) for _ in range(times)]
+
+
+def measure_hit(folder: Path) -> dict[str, Any]:
+    """Milliseconds and system calls of a hit on a small file."""
+    file = folder / "small.safetensors"
+    file.write_bytes(lora_bytes())
+    cache = folder / "hits"
+    with server(file) as origin:
+        url = f"{origin}/small.safetensors"
+        download_lora(url, settings=Settings(lora_cache_dir=cache))
+    taken = hit(cache, url, HITS)
+    milliseconds = {"median": statistics.median(taken) * 1e3, "worst": max(taken) * 1e3}
+    return {"hits": HITS, "milliseconds": milliseconds, "calls_per_hit": calls_per_hit(cache, url)}
+
+
+def calls_per_hit(cache: Path, url: str) -> dict[str, float] | None:
+    """System calls by name that a hit makes: what 100 hits make more than none; None without strace."""
+    if shutil.which("strace") is None:
+        return None
+    counts = [_traced(cache, url, times) for times in (1, 101)]
+    more = {name: (counts[1][name] - counts[0][name]) / 100 for name in counts[1]}
+    return {name: count for name, count in sorted(more.items()) if count >= 0.5}
+
+
+def _traced(cache: Path, url: str, times: int) -> collections.Counter[str]:
+    with tempfile.NamedTemporaryFile() as log:
+        trace = ["strace", "-f", "-e", "trace=%file,%desc", "-o", log.name]
+        command = [sys.executable, "-m", "bench.cache", "--hits", str(times), str(cache), url]
+        subprocess.run([*trace, *command], check=True)
+        found = re.findall(r"^\d+ +(\w+)\(", Path(log.name).read_text(), re.MULTILINE)
+    return collections.Counter(found)
+
+
+def measure_workers(folder: Path) -> dict[str, Any]:
+    """Cold start of WORKERS processes on one cache, against one process, and against one cache each."""
+    file = folder / "race.safetensors"
+    file.write_bytes(lora_bytes(megabytes=RACE_MB))
+    results = {}
+    for name, workers, shared in (("one", 1, True), ("shared", WORKERS, True), ("each its own", WORKERS, False)):
+        with server(file) as origin, tempfile.TemporaryDirectory(dir=folder) as scratch:
+            caches = [Path(scratch) / ("cache" if shared else str(index)) for index in range(workers)]
+            took = race(f"{origin}/race.safetensors", caches)
+            count = subprocess.run(["curl", "-s", f"{origin}/count"], capture_output=True, text=True, check=True)
+            results[name] = {"workers": workers, "seconds": took, "downloads": int(count.stdout)}
+    return {"megabytes": RACE_MB, **results}
+
+
+def race(url: str, caches: list[Path]) -> float:
+    """Seconds until every worker has its file, from when all of them are ready."""
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-m", "bench.cache", "--worker"]
+    workers: list[Any] = [subprocess.Popen([*command, str(cache), url], **pipes) for cache in caches]
+    for worker in workers:
+        assert worker.stdout.readline() == "ready\n"
+    start = time.perf_counter()
+    for worker in workers:
+        worker.stdin.write("go\n")
+        worker.stdin.flush()
+    for worker in workers:
+        assert worker.stdout.readline() == "done\n"
+    took = time.perf_counter() - start
+    assert [worker.wait() for worker in workers] == [0] * len(workers)
+    return took
+
+
+def worker(cache: Path, url: str) -> None:
+    """One process of the race, with everything imported that a worker has imported when a job comes."""
+    import runpod.serverless.utils.rp_ssrf
+    import torch
+
+    assert runpod is not None
+    torch.set_num_threads(1)
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
+    sys.stdin.readline()
+    download_lora(url, settings=Settings(lora_cache_dir=cache))
+    sys.stdout.write("done\n")
+    sys.stdout.flush()
+
+
+def report(results: dict[str, Any]) -> str:
+    """The table of ratios."""
+    rates = results["download"]["megabytes_per_second"]
+    taken, calls = results["hit"]["milliseconds"]["median"], results["hit"]["calls_per_hit"]
+    one, shared, own = (results["workers"][name] for name in ("one", "shared", "each its own"))
+    counted = "" if calls is None else f", {sum(calls.values()):.0f} system calls"
+    rows = [
+        (f"{name} / curl, throughput", rates[name] / rates["curl"], f"{rates[name]:.0f} / {rates['curl']:.0f} MB/s")
+        for name in ("fetch", "download_lora")
+    ]
+    rows.append(("hit / the 5 ms it may take", taken / 5, f"{taken:.3f} ms{counted}"))
+    for name, other, what in ((shared, one, "1"), (shared, own, f"{WORKERS} with a cache each")):
+        measured = (
+            f"{name['seconds']:.2f} / {other['seconds']:.2f} s, {name['downloads']} / {other['downloads']} downloads"
+        )
+        rows.append((f"{WORKERS} cold workers / {what}, time", name["seconds"] / other["seconds"], measured))
+    return table(("what", "ratio", "measured"), [(what, f"{ratio:.2f}", measured) for what, ratio, measured in rows])
+
+
+def main() -> None:
+    """Parse the command line and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=float, default=1000)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--folder", type=Path, default=Path("/dev/shm"))
+    for internal in ("--serve", "--hits", "--worker"):
+        parser.add_argument(internal, nargs="+", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    os.environ["RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS"] = "true"
+    if options.serve:
+        serve(Path(options.serve[0]))
+    elif options.hits:
+        hit(Path(options.hits[1]), options.hits[2], int(options.hits[0]))
+    elif options.worker:
+        worker(Path(options.worker[0]), options.worker[1])
+    else:
+        run(options)
+
+
+def run(options: argparse.Namespace) -> None:
+    """All three measurements."""
+    with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
+        folder = Path(scratch)
+        large = folder / "large.safetensors"
+        large.write_bytes(lora_bytes(megabytes=options.megabytes, modules=8))
+        curl = subprocess.run(["curl", "--version"], capture_output=True, text=True, check=True)
+        results = {
+            **machine(),
+            "folder": str(options.folder),
+            "load_average_at_start": os.getloadavg()[0],
+            "curl": curl.stdout.splitlines()[0],
+            "download": measure_download(large, folder, options.repeats),
+            "hit": measure_hit(folder),
+            "workers": measure_workers(folder),
+        }
+    path = write_result("cache", results)
+    sys.stdout.write(f"{report(results)}\n\n{path}\n")
+
+
+if __name__ == "__main__":
+    main()
