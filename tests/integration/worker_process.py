@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -60,6 +61,14 @@ class WorkerProcess:
     def text(self) -> str:
         """Everything the worker has written so far."""
         return self.log.read_text(encoding="utf-8", errors="replace")
+
+    def wait_for(self, text: str, seconds: float = 120.0) -> None:
+        """Return once the worker has written `text`; fails when it ends first."""
+        deadline = time.monotonic() + seconds
+        while text not in self.text:
+            assert self.process.poll() is None, self.text[-2000:]
+            assert time.monotonic() < deadline, f"{text!r} did not appear within {seconds:g} s"
+            time.sleep(0.05)
 
     @property
     def resident_bytes(self) -> int:
