@@ -59,12 +59,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; the exit status is 0 when everything asked for worked, else 1."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
-    settings = Settings.from_environment()
     try:
+        settings = Settings.from_environment()
         return next(act for name, act in _ACTIONS if getattr(options, name))(options, settings)
     except WorkerError as error:
         sys.stderr.write(f"error: {error.code}: {error}\n")
-        return 1
+    except ValueError as error:  # a variable that cannot be read; the sentence names it
+        sys.stderr.write(f"error: {error}\n")
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped; nothing unfinished is left in the cache\n")
+    return 1
 
 
 def _parser() -> argparse.ArgumentParser:

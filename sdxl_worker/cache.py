@@ -133,7 +133,7 @@ def temporary_file(folder: Path, final_name: str) -> Iterator[tuple[Path, Binary
     """A new unbuffered file on the volume of `folder`, removed at the end unless it was renamed; CacheWriteError."""
     path = folder / PARTIAL / f"{final_name}.{owner_tag()}~{secrets.token_hex(4)}.part"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         handle = path.open("xb", buffering=0)
     except OSError as error:
         raise CacheWriteError(f"the LoRA cache cannot be written ({error.strerror or 'I/O error'})") from error
@@ -197,8 +197,7 @@ def prepare_folder(folder: Path, *, download_timeout: float) -> None:
     Called when the worker starts. `download_timeout` (seconds) tells how old another worker's file has to be.
     """
     try:
-        # /models is a symbolic link to the volume, whose own folder nobody has created yet.
-        os.makedirs(os.path.realpath(folder), exist_ok=True)
+        make_folder(folder)
     except OSError:
         logger.warning("the LoRA cache folder %s cannot be created; LoRAs go to temporary space", folder)
         return
@@ -215,6 +214,11 @@ def prepare_folder(folder: Path, *, download_timeout: float) -> None:
         if not sidecar.with_suffix("").exists() and is_left_over(sidecar, older_than_s=60):
             with contextlib.suppress(OSError):
                 sidecar.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Create `folder` where its links lead: /models points to a folder of the volume that nobody has created yet."""
+    os.makedirs(os.path.realpath(folder), exist_ok=True)
 
 
 def _entries(folder: Path) -> list[Path]:

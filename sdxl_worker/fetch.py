@@ -25,6 +25,7 @@ from sdxl_worker.errors import (
     TooLarge,
 )
 from sdxl_worker.hashing import BackgroundSha256
+from sdxl_worker.references import split_http_url
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +115,11 @@ def fetch_to(
 
 
 def fetch_bytes(url: str, *, max_bytes: int, deadline_s: float, should_stop: Callable[[], bool] | None = None) -> bytes:
-    """The body of a URL from a request, guarded, bounded in size and time; raises as `fetch_to` does."""
+    """The body of a URL from a request, guarded, bounded in size and time.
+
+    Raises LoraReferenceError for what is no http(s) URL without credentials, else as `fetch_to` does.
+    """
+    split_http_url(url)
     sink = io.BytesIO()
     fetch_to(sink, Target(url), max_bytes=max_bytes, budget=Budget.start(deadline_s, should_stop))
     return sink.getvalue()

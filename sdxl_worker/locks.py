@@ -9,7 +9,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from sdxl_worker.budget import Budget
-from sdxl_worker.cache import LOCKS, PARTIAL
+from sdxl_worker.cache import LOCKS, PARTIAL, make_folder
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def turn_to_download(path: Path, budget: Budget, is_ready: Callable[[], bool]) -
 def _lock_for(path: Path) -> FileLock | None:
     folder = path.parent / LOCKS
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
     except OSError:
         return None
     # A soft lock left by a dead worker on another host would never be freed.

@@ -108,6 +108,15 @@ def test_a_missing_base_model_says_what_to_do(
     assert "error: MODEL_UNAVAILABLE: MODEL_ID" in err
 
 
+def test_a_variable_that_cannot_be_read_is_named(
+    server: FileServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("LORA_MAX_MB", "many")
+    code, _, err = run(capsys, "--list")
+    assert code == 1
+    assert "LORA_MAX_MB" in err
+
+
 def test_help_is_quick_and_imports_nothing_heavy():
     code = (
         "import sys, download_weights\n"

@@ -286,6 +286,13 @@ def test_a_disk_that_is_full_sends_the_file_to_temporary_space(
     assert get(server.origin + "/cached.safetensors", settings).path == cached.path
 
 
+def test_the_folder_behind_a_dangling_link_is_created(server: FileServer, tmp_path: Path):
+    (tmp_path / "models").symlink_to(tmp_path / "volume" / "models")
+    settings = settings_for(tmp_path / "models" / "loras")
+    file = get(server.add("/a.safetensors", on.whole(LORA)), settings)
+    assert (tmp_path / "volume" / "models" / "loras" / file.name).read_bytes() == LORA
+
+
 def test_no_space_anywhere_is_cache_write(
     server: FileServer, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -329,3 +329,9 @@ def test_secrets_are_in_no_message_and_no_log(server: FileServer, caplog: pytest
 
 def test_fetch_bytes_gives_the_body(server: FileServer):
     assert fetch_bytes(server.add("/a", on.whole(CONTENT)), max_bytes=1 << 24, deadline_s=20) == CONTENT
+
+
+@pytest.mark.parametrize("url", ["file:///etc/passwd", "http://user:x@host/", "http://[::1/", "text", ""])
+def test_fetch_bytes_refuses_what_is_no_plain_url(url: str):
+    with pytest.raises(errors.LoraReferenceError):
+        fetch_bytes(url, max_bytes=1, deadline_s=1)
