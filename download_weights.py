@@ -13,10 +13,11 @@ from sdxl_worker.downloads import resolve_lora
 from sdxl_worker.errors import WorkerError
 from sdxl_worker.eviction import list_cache, prune, verify
 from sdxl_worker.parallel import resolve_loras
-from sdxl_worker.references import mask, parse_reference
+from sdxl_worker.references import parse_reference
 from sdxl_worker.report import listed_json, lora_facts, write_facts, write_json, write_list, write_table
 from sdxl_worker.request import LoraFile
 from sdxl_worker.settings import Settings
+from sdxl_worker.urls import mask
 
 
 def get_lora_cache_path(lora_source: str) -> Path:

@@ -22,7 +22,7 @@ from requests.adapters import HTTPAdapter
 
 from sdxl_worker.budget import TICK_S, Budget, run_within
 from sdxl_worker.errors import BlockedAddress, FetchFailed, LoraAuthError
-from sdxl_worker.references import mask, split_http_url
+from sdxl_worker.urls import mask, split_http_url
 
 logger = logging.getLogger(__name__)
 

@@ -1,13 +1,12 @@
 """Fetch a URL whole, within one deadline: retries, resuming, size cap and progress."""
 
-import email.utils
 import io
 import logging
 import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import requests
 import urllib3
@@ -25,7 +24,8 @@ from sdxl_worker.errors import (
     TooLarge,
 )
 from sdxl_worker.hashing import BackgroundSha256
-from sdxl_worker.references import split_http_url
+from sdxl_worker.http_headers import content_range, retry_after, validator
+from sdxl_worker.urls import split_http_url
 
 logger = logging.getLogger(__name__)
 
@@ -176,24 +176,13 @@ def _check_status(response: requests.Response, target: Target, transfer: _Transf
         transfer.restart()
         raise _Again(FetchFailed(f"{target.shown} does not resume"))
     if status in _RETRIED:
-        raise _Again(FetchFailed(f"{target.shown} answers with status {status}"), _retry_after(response))
+        raise _Again(FetchFailed(f"{target.shown} answers with status {status}"), retry_after(response.headers))
     if status in (401, 403):
         hint = target.auth_hint or "use a link that needs no login"
         raise LoraAuthError(f"{target.shown} refuses access (status {status}); {hint}")
     if status in (404, 410):
         raise LoraNotFound(f"{target.shown} does not exist (status {status})")
     raise FetchFailed(f"{target.shown} answers with status {status}")
-
-
-def _retry_after(response: requests.Response) -> float | None:
-    """Seconds that the host asks to wait (a number or a date), None when it does not say."""
-    text = response.headers.get("Retry-After", "").strip()
-    if text.isdecimal():
-        return float(text)
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
-    except (TypeError, ValueError):
-        return None
 
 
 def _begin_body(response: requests.Response, target: Target, transfer: _Transfer) -> None:
@@ -203,8 +192,8 @@ def _begin_body(response: requests.Response, target: Target, transfer: _Transfer
         # Asked for none. What it would inflate to cannot be known, so it counts as too large.
         raise TooLarge(f"{target.shown} comes compressed, which has no bounded size")
     if response.status_code == 206 and transfer.done:
-        start, total = _content_range(headers.get("Content-Range", ""))
-        if start == transfer.done and total == transfer.total and _validator(headers) == transfer.validator:
+        start, total = content_range(headers.get("Content-Range", ""))
+        if start == transfer.done and total == transfer.total and validator(headers) == transfer.validator:
             return
         transfer.restart()
         raise _Again(FetchIncomplete(f"{target.shown} changed during the download"))
@@ -214,24 +203,9 @@ def _begin_body(response: requests.Response, target: Target, transfer: _Transfer
         transfer.restart()
     length = headers.get("Content-Length", "")
     transfer.total = int(length) if length.isdecimal() else None
-    transfer.validator = _validator(headers)
+    transfer.validator = validator(headers)
     if transfer.total is not None and transfer.total > transfer.max_bytes:
         raise _too_large(transfer.max_bytes)
-
-
-def _content_range(text: str) -> tuple[int, int | None]:
-    unit, _, rest = text.partition(" ")
-    span, _, total = rest.partition("/")
-    start = span.partition("-")[0]
-    if unit != "bytes" or not start.isdecimal():
-        return -1, None
-    return int(start), int(total) if total.isdecimal() else None
-
-
-def _validator(headers: Any) -> str:
-    """What If-Range takes: a strong ETag, else Last-Modified; "" when the server offers neither."""
-    etag = headers.get("ETag", "")
-    return etag if etag and not etag.startswith("W/") else headers.get("Last-Modified", "")
 
 
 def _read_body(response: requests.Response, target: Target, transfer: _Transfer, budget: Budget) -> None:

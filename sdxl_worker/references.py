@@ -12,6 +12,7 @@ from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
 from sdxl_worker.errors import LoraReferenceError
 from sdxl_worker.settings import Settings
+from sdxl_worker.urls import canonical_url, mask, public_query, split_http_url
 
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".bin")
 MAX_URL = 4096
@@ -19,12 +20,6 @@ MAX_PART = 200  # leaves room for the hash and the suffixes below the usual limi
 
 _HUB_HOSTS = frozenset({"huggingface.co", "www.huggingface.co", "hf.co"})
 _CIVITAI_HOSTS = frozenset({"civitai.com", "www.civitai.com"})
-# Query parameters that say who asks, not what is asked for; Azure's short names count only beside its `sig`.
-_SECRET_PARAMETER = re.compile(
-    r"(?i)(x-amz-.*|x-goog-.*|(access|auth|api|id|session)?[-_]?token|auth|authorization|api[-_]?key|apikey|secret"
-    r"|password|passwd|pwd|sig|signature|expires|expiry|policy|key-pair-id|awsaccesskeyid|googleaccessid|hmac|jwt)"
-)
-_AZURE_PARAMETER = re.compile(r"(?i)s[vretpskir]|spr|sip|srt|sdd|sk(oid|tid|t|e|s|v)")
 _REPO_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.\-]{0,94}[A-Za-z0-9_])?"
 _HUB = re.compile(
     rf"(?P<repo>{_REPO_PART}/{_REPO_PART})(?:@(?P<revision>refs/(?:pr|convert)/[\w\-]+|[\w.\-]+))?(?:/(?P<path>.*))?"
@@ -163,52 +158,6 @@ def parse_reference(text: str, settings: Settings) -> Reference:
     raise LoraReferenceError(f"the LoRA reference {mask(reference)} has no form that this worker knows")
 
 
-def mask(text: str) -> str:
-    """`text` as it may be shown: no query, fragment, user:password or control characters, at most 200 letters."""
-    shown = re.sub(r"[?#].*", "", text, flags=re.DOTALL)
-    shown = re.sub(r"//[^/]*@", "//", shown)
-    shown = shown.encode("ascii", "replace").decode()
-    shown = "".join(letter if letter.isprintable() else "?" for letter in shown)
-    return shown if len(shown) <= 200 else f"{shown[:197]}..."
-
-
-def canonical_url(url: str) -> str:
-    """The URL without what does not name the file: case of the host, default port, fragment, tokens, signatures."""
-    parts = urlsplit(url)
-    port = {"http": 80, "https": 443}[parts.scheme.lower()]
-    host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
-    origin = f"{parts.scheme.lower()}://{host}" + (f":{parts.port}" if parts.port not in (None, port) else "")
-    query = urlencode(_public_query(parts.query))
-    return f"{origin}{parts.path or '/'}" + (f"?{query}" if query else "")
-
-
-def split_http_url(url: str, error: Callable[[str], Exception] = LoraReferenceError) -> tuple[str, str, int]:
-    """(scheme, host, port) of an http(s) URL without credentials; raises `error` with a sentence for any other."""
-    try:
-        parts = urlsplit(url)
-        port = parts.port
-    except ValueError:
-        raise error(f"the URL {mask(url)} has an invalid host or port") from None
-    scheme = parts.scheme.lower()
-    if scheme not in ("http", "https"):
-        raise error(f"the URL {mask(url)} is neither http nor https")
-    if not parts.hostname or port == 0:
-        raise error(f"the URL {mask(url)} has an invalid host or port")
-    if "@" in parts.netloc:
-        raise error(f"the URL {mask(url)} holds a user name or password; use a signed URL or a token variable instead")
-    return scheme, parts.hostname, port or {"http": 80, "https": 443}[scheme]
-
-
-def _public_query(query: str) -> list[tuple[str, str]]:
-    pairs = parse_qsl(query, keep_blank_values=True)
-    azure = any(name.lower() == "sig" for name, _ in pairs)
-    return [
-        (name, value)
-        for name, value in pairs
-        if not _SECRET_PARAMETER.fullmatch(name) and not (azure and _AZURE_PARAMETER.fullmatch(name))
-    ]
-
-
 def _parse_url(text: str, settings: Settings) -> Reference:
     if len(text) > MAX_URL:
         raise LoraReferenceError(f"the URL {mask(text)} is longer than {MAX_URL} characters")
@@ -257,7 +206,7 @@ def _parse_civitai_url(text: str) -> Reference:
     query = dict(parse_qsl(parts.query))
     download = re.fullmatch(r"/api/download/models/(\d+)/?", parts.path)
     if download:
-        options = tuple(pair for pair in _public_query(parts.query))
+        options = tuple(pair for pair in public_query(parts.query))
         return CivitaiReference(int(download[1]), options=options, token=query.get("token", ""))
     page = re.match(r"/models/(\d+)(?:/|$)", parts.path)
     if page is None:

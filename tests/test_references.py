@@ -14,10 +14,10 @@ from sdxl_worker.references import (
     CivitaiReference,
     HubReference,
     UrlReference,
-    mask,
     parse_reference,
 )
 from sdxl_worker.settings import Settings
+from sdxl_worker.urls import mask
 
 CACHE = Path("/models/loras")
 SETTINGS = Settings(lora_cache_dir=CACHE)
@@ -206,6 +206,9 @@ def test_the_endpoint_of_the_operator_is_the_hub():
 
 def test_masking_keeps_nothing_secret():
     assert mask("https://user:pw@host/a?token=x#y") == "https://host/a"
+    assert mask("http://user:hun/ter2@host/a") == "http://host/a"
+    assert mask("https://host:80/@a/b") == "https://host:80/@a/b"
+    assert mask("civitai:5@7") == "civitai:5@7"
     assert mask("a\nb\x1b[31m") == "a?b?[31m"
     assert len(mask("x" * 1000)) == 200
 
