@@ -117,7 +117,6 @@ def _failure(error: Exception, resident: Resident) -> dict[str, Any]:
 
 
 def _answer(raw_input: Any, run: JobRun, resident: Resident) -> dict[str, Any]:
-    resident.health.check()
     with run.measure("validating"):
         request = validate_request(raw_input)
         bucket_is_configured(resident.settings)
@@ -125,7 +124,6 @@ def _answer(raw_input: Any, run: JobRun, resident: Resident) -> dict[str, Any]:
     image = fetch_input_image(request.image_url, resident.settings, run) if request.image_url else None
     ready = _ready_loras(pipeline, request.loras, run) if request.loras else []
     pictures, applied = _draw(pipeline, request, ready, image, run)
-    resident.health.succeeded()
     images, warnings = deliver(pictures, request, [lora.used for lora in ready], run, resident)
     answer: dict[str, Any] = {"images": images, "image_url": images[0], "seed": request.seed}
     pairs = list(zip(ready, applied, strict=True))
@@ -145,7 +143,7 @@ def _draw(
 ) -> tuple[list[Image], list[AppliedLora]]:
     """Render with the LoRAs merged in, and put the weights back whatever happens. Holds the device meanwhile."""
     on_step = functools.partial(_after_step, run, request.preview)
-    with run.device():
+    with run.device(), _resident().health.watch():
         applied: list[AppliedLora] = []
         try:
             if ready:

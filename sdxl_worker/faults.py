@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import traceback
+from collections.abc import Iterator
 
 import torch
 
@@ -54,15 +56,25 @@ class Health:
         if self._fatal is not None:
             raise type(self._fatal)(str(self._fatal))
 
-    def succeeded(self) -> None:
-        """Note a job that rendered."""
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[None]:
+        """Around everything that uses the device: refuse it after a fatal error, and note how it ends.
+
+        Noted before the device is passed on, so that a job that waits for it cannot slip in.
+        """
+        self.check()
+        try:
+            yield
+        except Exception as error:
+            failure = as_worker_error(error)
+            if failure.refresh_worker:
+                self._fatal = failure
+            raise
         self._out_of_memory_in_a_row = 0
 
     def failed(self, error: WorkerError) -> bool:
-        """Note a failed job; True when a fresh worker is needed."""
+        """Count a failed job; True when a fresh worker is needed."""
         if isinstance(error, OutOfMemory):
             self._out_of_memory_in_a_row += 1
             return self._out_of_memory_in_a_row > 1
-        if error.refresh_worker:
-            self._fatal = error
         return error.refresh_worker

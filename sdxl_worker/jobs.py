@@ -79,7 +79,8 @@ class JobRun:
     def finish(self, outcome: str) -> None:
         """Leave the queue, end the progress reports, and log one line: outcome, milliseconds per stage, facts."""
         self.ticket.leave()
-        self.progress.close()
+        with self.measure("last_update"):
+            self.progress.close()
         stages = {name: round(spent, 1) for name, spent in self.milliseconds.items()}
         stages["total"] = round(1000 * (time.perf_counter() - self._started), 1)
         line = {"job": self.job_id, "outcome": outcome, "ms": stages, **self.facts}

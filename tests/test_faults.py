@@ -49,17 +49,21 @@ def test_our_own_errors_pass_and_unknown_ones_show_nothing():
 def test_memory_runs_out_twice_in_a_row_before_a_fresh_worker_is_asked_for():
     health = Health()
     assert not health.failed(OutOfMemory("x"))
-    health.succeeded()
+    with health.watch():
+        pass
     assert not health.failed(OutOfMemory("x"))
     assert health.failed(OutOfMemory("x"))
-    health.check()
+    with health.watch():
+        pass
 
 
-@pytest.mark.parametrize("kind", [DeviceFailed, RestoreFailed])
-def test_after_a_fatal_error_every_job_is_refused(kind):
+@pytest.mark.parametrize("error", [DeviceFailed("broken"), RestoreFailed("broken"), RuntimeError("CUDA error: 700")])
+def test_after_a_fatal_error_the_device_is_refused(error):
     health = Health()
-    assert not health.failed(LoraNotFound("x"))
-    health.check()
-    assert health.failed(kind("broken"))
-    with pytest.raises(kind, match="broken"):
-        health.check()
+    with pytest.raises(LoraNotFound), health.watch():
+        raise LoraNotFound("x")
+    with pytest.raises(type(error)), health.watch():
+        raise error
+    with pytest.raises(type(as_worker_error(error))), health.watch():
+        pytest.fail("the device was used")
+    assert health.failed(as_worker_error(error))

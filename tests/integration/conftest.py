@@ -51,10 +51,10 @@ class Workers:
     def __init__(self, queue: QueueServer, cache: Path, logs: Path, stack: ExitStack) -> None:
         self._queue, self._cache, self._logs, self._stack = queue, cache, logs, stack
 
-    def start(self, name: str, **environment: str) -> WorkerProcess:
-        """A new worker; it takes jobs as soon as it is up."""
+    def start(self, name: str, script: str = "", **environment: str) -> WorkerProcess:
+        """A new worker, started by `script` instead of handler.py if there is one; takes jobs as soon as it is up."""
         settings = {**worker_environment(self._cache), **self._queue.environment(name), **environment}
-        return self._stack.enter_context(WorkerProcess(self._logs / f"{name}.log", settings))
+        return self._stack.enter_context(WorkerProcess(self._logs / f"{name}.log", settings, script=script))
 
 
 @pytest.fixture(scope="module")

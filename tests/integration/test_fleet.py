@@ -18,6 +18,17 @@ LONG = {**SMALL, "num_inference_steps": 100}
 NAMES = ("w1", "w2", "w3", "w4")
 
 
+# A worker whose first step ends with the error of a lost CUDA context.
+BROKEN_DEVICE = """
+import sys, handler
+render = handler.render
+def broken(*arguments, on_step=None, **options):
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+handler.render = broken
+sys.exit(handler.main())
+"""
+
+
 @dataclass(frozen=True)
 class Fleet:
     """The workers by name."""
@@ -126,3 +137,33 @@ def test_sigkill_during_a_job_and_another_worker_answers_it(fleet, queue: QueueS
     queue.submit({**LONG, "loras": ["tiny-example"]}, worker="w1", job_id=job_id)
     assert queue.answer(job_id)["output"]["loras"][0]["name"] == "tiny-example.safetensors"
     assert len(queue.of("done", job_id)) == 1
+
+
+def test_an_unhealthy_worker_says_so_to_runpod_and_exits_1(queue: QueueServer, workers: Workers):
+    worker = workers.start("sick", MODEL_ID="/nowhere")
+    assert worker.process.wait(120) == 1
+    (report,) = [event.body for event in queue.of("ping") if event.worker == "sick"]
+    assert (report["status"], report["check"]) == ("unhealthy", "check_model")
+    assert "MODEL_ID" in report["reason"]
+
+
+def test_row_50_a_broken_device_is_answered_and_ends_the_process(queue: QueueServer, workers: Workers):
+    worker = workers.start("broken", script=BROKEN_DEVICE)
+    job_id = queue.submit(SMALL, worker="broken")
+    answer = queue.answer(job_id, 120)
+    assert answer["error"].startswith("DEVICE_FAILED: ")
+    assert answer["stopPod"] is True
+    assert worker.process.wait(60) == 0
+
+
+def test_row_22_a_secret_in_a_reference_is_shown_nowhere(fleet, queue: QueueServer, files: FileServer):
+    url = f"http://user:passw0rd@127.0.0.1:{files.server_port}/x.safetensors"
+    ids = [
+        queue.submit({**SMALL, "loras": [reference]}, worker="w1")
+        for reference in (f"{files.origin}/none.safetensors?token=s3cret", url)
+    ]
+    answers = [queue.answer(job_id) for job_id in ids]
+    assert [answer["error"].partition(":")[0] for answer in answers] == ["LORA_NOT_FOUND", "LORA_REFERENCE"]
+    said = fleet.processes["w1"].text + repr([event.body for event in queue.events])
+    assert "s3cret" not in said
+    assert "passw0rd" not in said

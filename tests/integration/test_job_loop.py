@@ -120,7 +120,7 @@ def loop(queue: QueueServer, workers: Workers, files: FileServer, lora_bytes: by
         submitted.append((job_id, kind))
         if kind.twice:
             queue.submit(kind.fields, job_id=job_id)
-    worker = workers.start("loop", WORKER_CONCURRENCY="8")
+    worker = workers.start("loop", WORKER_CONCURRENCY="16")
     warm_bytes = 0
     for job_id, kind in submitted:
         if kind.stop_at:

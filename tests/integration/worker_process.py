@@ -37,15 +37,19 @@ def worker_environment(cache: Path, **more: str) -> dict[str, str]:
 
 
 class WorkerProcess:
-    """Runs `python handler.py ARGUMENTS`; its output goes to `log`. A context manager that leaves no process behind."""
+    """Runs `python handler.py ARGUMENTS`, or `script`, in the log's folder; its output goes to `log`.
 
-    def __init__(self, log: Path, environment: dict[str, str], *arguments: str, folder: Path | None = None) -> None:
+    A context manager that leaves no process behind.
+    """
+
+    def __init__(self, log: Path, environment: dict[str, str], *arguments: str, script: str = "") -> None:
         self.log = log
+        program = ["-c", script] if script else [str(ROOT / "handler.py")]
         with log.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, str(ROOT / "handler.py"), *arguments],
-                cwd=folder or log.parent,
-                env=environment,
+                [sys.executable, *program, *arguments],
+                cwd=log.parent,
+                env={**environment, "PYTHONPATH": str(ROOT)},
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

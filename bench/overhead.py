@@ -1,0 +1,219 @@
+"""What the worker adds to rendering: a request through the handler against a bare diffusers call, in one run.
+
+On the narrow SDXL (real topology, about 1/8 of the width) the handler's whole answer (validation, render, PNG with its
+text, data URI) is measured against `pipeline(...)` that returns pictures, alternating, and the time of each stage is
+printed. Then PNG levels on a picture with the spectrum of a photograph, and jobs per minute of a real worker on a local
+queue with a slow file server, with WORKER_CONCURRENCY 1 and 2. Prints tables of ratios and writes everything to
+bench/results/.
+
+    python -m bench.overhead [--repeats 15] [--side 256] [--steps 12] [--jobs 12]
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import logging
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+import handler
+from bench.report import machine, table, write_result
+from schemas import validate_request
+from sdxl_worker import tiny
+from sdxl_worker.images import PNG_LEVEL
+from sdxl_worker.resident import Resident
+from sdxl_worker.schedulers import make_scheduler
+from sdxl_worker.settings import Settings
+from tests.integration.queue_server import QueueServer
+from tests.integration.worker_process import WorkerProcess, worker_environment
+from tests.support.http_server import FileServer, slowly
+
+DOWNLOAD_PIECES, DOWNLOAD_PAUSE_S = 20, 0.1
+
+
+class JobLines(logging.Handler):
+    """Collects the stage times that the handler logs for each job."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.stages: dict[str, list[float]] = defaultdict(list)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        for stage, milliseconds in json.loads(record.getMessage().removeprefix("job "))["ms"].items():
+            self.stages[stage].append(milliseconds)
+
+
+def request_overhead(repeats: int, side: int, steps: int) -> dict[str, Any]:
+    """Seconds of whole requests and of bare calls, alternating; `ratio` is the median of the pairs' ratios."""
+    pipeline = tiny.build_sdxl(tiny.NARROW)
+    pipeline.set_progress_bar_config(disable=True)
+    for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
+        module.eval().requires_grad_(False)
+    resident = Resident(Settings(model_id="tiny"))
+    resident._pipeline = pipeline
+    handler._resident = lambda: resident  # type: ignore[assignment]  # the narrow model has no MODEL_ID
+    fields = {"prompt": "a lighthouse", "width": side, "height": side, "num_inference_steps": steps, "seed": 1}
+    request = validate_request(fields)
+    lines = JobLines()
+    jobs_logger = logging.getLogger("sdxl_worker.jobs")
+    jobs_logger.setLevel(logging.INFO)
+    jobs_logger.addHandler(lines)
+    jobs_logger.propagate = False
+
+    def bare() -> None:
+        pipeline.scheduler = make_scheduler(request.scheduler, pipeline.scheduler.config)
+        pipeline(
+            request.prompt,
+            negative_prompt=request.negative_prompt,
+            width=side,
+            height=side,
+            num_inference_steps=steps,
+            guidance_scale=request.guidance_scale,
+            generator=torch.Generator().manual_seed(1),
+        )
+
+    def through_the_handler() -> None:
+        answer = handler.generate_image({"id": "bench", "input": fields})
+        assert "images" in answer, answer
+
+    bare()
+    through_the_handler()
+    lines.stages.clear()
+    pairs = []
+    for number in range(repeats):
+        first, second = (bare, through_the_handler) if number % 2 else (through_the_handler, bare)
+        times = {first: _seconds(first), second: _seconds(second)}
+        pairs.append((times[bare], times[through_the_handler]))
+    return {
+        "side": side,
+        "steps": steps,
+        "repeats": repeats,
+        "bare_s": statistics.median(pair[0] for pair in pairs),
+        "handler_s": statistics.median(pair[1] for pair in pairs),
+        "ratio": statistics.median(through / alone for alone, through in pairs),
+        "stages_ms": {stage: statistics.median(values) for stage, values in lines.stages.items()},
+    }
+
+
+def _seconds(function: Any) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def png_levels(side: int = 1024, repeats: int = 5) -> dict[str, dict[str, float]]:
+    """Milliseconds and bytes of PNG, JPEG and WebP encodings of one picture with the spectrum of a photograph."""
+    picture = _photograph_like(side)
+    encodings: dict[str, tuple[str, dict[str, Any]]] = {
+        f"png level {level}": ("PNG", {"compress_level": level}) for level in (0, 1, 2, 3, 4, 6, 9)
+    }
+    encodings |= {"jpeg quality 90": ("JPEG", {"quality": 90})}
+    encodings |= {f"webp quality 90, method {n}": ("WEBP", {"quality": 90, "method": n}) for n in (0, 2, 4)}
+    results = {}
+    for name, (format_name, options) in encodings.items():
+        times, size = [], 0
+        for _ in range(repeats):
+            buffer = io.BytesIO()
+            start = time.perf_counter()
+            picture.save(buffer, format_name, **options)
+            times.append(1000 * (time.perf_counter() - start))
+            size = len(buffer.getvalue())
+        results[name] = {"ms": statistics.median(times), "bytes": size}
+    return results
+
+
+def _photograph_like(side: int) -> Image.Image:
+    generator = np.random.default_rng(0)
+    frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(side), np.fft.fftfreq(side)))
+    frequency[0, 0] = 1
+    shared = generator.standard_normal((side, side))
+    channels = []
+    for _ in range(3):
+        noise = shared + 0.3 * generator.standard_normal((side, side))
+        channel = np.fft.ifft2(np.fft.fft2(noise) / frequency**1.5).real
+        channels.append(255 * (channel - channel.min()) / np.ptp(channel))
+    pixels = np.stack(channels, -1) + generator.normal(0, 1, (side, side, 3))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def pipelining(jobs: int, concurrency: int, folder: Path) -> float:
+    """Jobs per minute of one worker when every job names a LoRA that has to be downloaded from a slow server."""
+    content = tiny.write_example_lora(folder / "source").read_bytes()
+    fields = {"prompt": "a", "width": 256, "height": 256, "num_inference_steps": 20, "seed": 1}
+    cache = folder / f"cache-{concurrency}"
+    with QueueServer() as queue, FileServer() as files:
+        environment = worker_environment(cache, WORKER_CONCURRENCY=str(concurrency))
+        with WorkerProcess(folder / f"log-{concurrency}", {**environment, **queue.environment("bench")}):
+            queue.answer(queue.submit(fields), 300)
+            start = time.perf_counter()
+            ids = []
+            for number in range(jobs):
+                url = files.add(f"/{number}.safetensors", slowly(content, DOWNLOAD_PIECES, DOWNLOAD_PAUSE_S))
+                ids.append(queue.submit({**fields, "loras": [url]}))
+            for job_id in ids:
+                assert "output" in queue.answer(job_id, 300)
+            return 60 * jobs / (time.perf_counter() - start)
+
+
+def main() -> None:
+    """Measure, print tables, write bench/results/overhead.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--side", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--jobs", type=int, default=12)
+    options = parser.parse_args()
+    overhead = request_overhead(options.repeats, options.side, options.steps)
+    levels = png_levels()
+    with tempfile.TemporaryDirectory() as folder:
+        per_minute = {str(count): pipelining(options.jobs, count, Path(folder)) for count in (1, 2)}
+    results = {
+        **machine(),
+        "request": overhead,
+        "encodings_1024": levels,
+        "png_level_chosen": PNG_LEVEL,
+        "pipelining": {
+            "download_s": DOWNLOAD_PIECES * DOWNLOAD_PAUSE_S,
+            "jobs": options.jobs,
+            "jobs_per_minute": per_minute,
+            "ratio": per_minute["2"] / per_minute["1"],
+        },
+    }
+    path = write_result("overhead", results)
+    sys.stdout.write(f"{_report(results)}\n\nwritten to {path}\n")
+
+
+def _report(results: dict[str, Any]) -> str:
+    request, levels, queue = results["request"], results["encodings_1024"], results["pipelining"]
+    stages = [[stage, f"{spent:.1f} ms"] for stage, spent in request["stages_ms"].items()]
+    default = levels["png level 6"]
+    encodings = [
+        [name, f"{one['ms']:.0f} ms", f"{one['ms'] / default['ms']:.2f}", f"{one['bytes'] / default['bytes']:.2f}"]
+        for name, one in levels.items()
+    ]
+    ratios = [
+        ["whole request / bare diffusers call", f"{request['ratio']:.4f}"],
+        ["jobs per minute, WORKER_CONCURRENCY 2 / 1", f"{queue['ratio']:.2f}"],
+    ]
+    return "\n\n".join(
+        (
+            table(["ratio", "value"], ratios),
+            table(["stage of the request", "median"], stages),
+            table(["encoding of 1024 x 1024", "median", "time / level 6", "bytes / level 6"], encodings),
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
