@@ -75,14 +75,13 @@ def test_a_folder_that_cannot_be_written_is_checked_once_all_the_same(tmp_path: 
     assert get("a", tmp_path).sha256 == sha256(LORA)
 
 
-@pytest.mark.parametrize("suffix", [".pt", ".bin"])
-def test_a_pickle_is_converted_once_and_again_when_it_changes(tmp_path: Path, suffix: str):
-    source = tmp_path / f"a{suffix}"
+def test_a_pickle_is_converted_once_and_again_when_it_changes(tmp_path: Path):
+    source = tmp_path / "a.pt"
     source.write_bytes(pickled(LORA))
     first = get("a", tmp_path)
     assert load(first.path.read_bytes()).keys() == load(LORA).keys()
     inode = first.path.stat().st_ino
-    assert get(f"a{suffix}", tmp_path).path.stat().st_ino == inode
+    assert get("a.pt", tmp_path).path.stat().st_ino == inode
     source.write_bytes(pickled(OTHER))
     os.utime(source, (1, 1))
     again = get("a", tmp_path)
