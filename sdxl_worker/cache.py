@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 PARTIAL, LOCKS, QUARANTINE = ".partial", ".locks", ".quarantine"
 SIDECAR_SUFFIX = ".json"
+MAX_SIDECAR = 1 << 20
 # A use is noted at most this often, which keeps a hit cheap on a network volume.
 TOUCH_INTERVAL_S = 30.0
 
@@ -82,12 +83,12 @@ def read_sidecar(path: Path) -> tuple[Sidecar, float] | None:
     try:
         handle = os.open(sidecar_path(path), os.O_RDONLY)
         try:
-            used_at = os.fstat(handle).st_mtime
-            content = json.loads(os.read(handle, 1 << 20))
+            found = os.fstat(handle)
+            content = json.loads(os.read(handle, min(found.st_size, MAX_SIDECAR)))
         finally:
             os.close(handle)
         known = {name: content[name] for name in Sidecar.__dataclass_fields__ if name in content}
-        return Sidecar(**known), used_at
+        return Sidecar(**known), found.st_mtime
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
