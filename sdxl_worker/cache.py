@@ -211,10 +211,22 @@ def prepare_folder(folder: Path, *, download_timeout: float) -> None:
         with contextlib.suppress(OSError):
             if time.time() - lock.stat().st_mtime > 86400:
                 lock.unlink(missing_ok=True)
-    for sidecar in folder.glob(f"*.safetensors{SIDECAR_SUFFIX}"):
-        if not sidecar.with_suffix("").exists() and is_left_over(sidecar, older_than_s=60):
+    _remove_orphans(folder)
+
+
+def _remove_orphans(folder: Path) -> None:
+    """Sidecars whose file is gone, found with one listing: a volume may hold thousands."""
+    try:
+        names = set(os.listdir(folder))
+    except OSError:
+        return
+    for name in names:
+        if not name.endswith(f".safetensors{SIDECAR_SUFFIX}") or name.removesuffix(SIDECAR_SUFFIX) in names:
+            continue
+        # Not a fresh one, whose file another worker may have renamed since the listing.
+        if is_left_over(folder / name, older_than_s=60):
             with contextlib.suppress(OSError):
-                sidecar.unlink(missing_ok=True)
+                (folder / name).unlink(missing_ok=True)
 
 
 def make_folder(folder: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from download_weights import download_lora
-from sdxl_worker import civitai, errors, fetch
+from sdxl_worker import civitai, downloads, errors, fetch
 from sdxl_worker.request import LoraFile
 from tests.support import http_server as on
 from tests.support.download_files import lora_bytes, published, settings_for
@@ -100,6 +100,17 @@ def test_missing_models_and_versions(site: FileServer, tmp_path: Path):
     site.add("/api/v1/models/5", on.status(200, b"<html>"))
     with pytest.raises(errors.FetchFailed):
         get("civitai:5", tmp_path)
+
+
+def test_a_model_page_follows_its_newest_version(site: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    newer = lora_bytes(2)
+    first = get("civitai:5", tmp_path)
+    site.add("/api/download/models/8", on.whole(newer))
+    site.add("/api/v1/models/5", on.status(200, b'{"modelVersions": [{"id": 8}, {"id": 7}]}'))
+    assert get("civitai:5", tmp_path).path.read_bytes() == LORA  # not looked up again yet
+    monkeypatch.setattr(downloads, "RECHECK_S", 0.0)
+    second = get("civitai:5", tmp_path)
+    assert (second.path, second.path.read_bytes(), second.cached) == (first.path, newer, False)
 
 
 def test_options_choose_another_file_and_are_passed_on(site: FileServer, tmp_path: Path):
