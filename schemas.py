@@ -19,6 +19,8 @@ MAX_PROMPT_CHARACTERS = 10_000
 MAX_URL_CHARACTERS = 4_096
 MIN_SIDE, MAX_SIDE, SIDE_STEP = 64, 2048, 8
 MAX_STEPS = 200
+# PNDM starts with Runge-Kutta steps over its last four timesteps.
+MIN_STEPS = {"PNDM": 4}
 MAX_GUIDANCE = 100.0
 MAX_IMAGES = 2
 MAX_SEED = 2**64 - 1
@@ -206,9 +208,12 @@ def _combined_problems(values: Mapping[str, Any], bad: Collection[str]) -> list[
     work = 0 if set(factors) & set(bad) else math.prod(values[name] for name in factors)
     if work > MAX_PIXEL_STEPS:
         problems.append(f"{' x '.join(factors)} is {work} and must be at most {MAX_PIXEL_STEPS}")
+    scheduler, steps = values["scheduler"], values["num_inference_steps"]
+    if not {"scheduler", "num_inference_steps"} & set(bad) and steps < MIN_STEPS.get(scheduler, 1):
+        problems.append(f"scheduler {scheduler} needs num_inference_steps of at least {MIN_STEPS[scheduler]}")
     image_fields = {"image_url", "num_inference_steps", "strength"}
     to_image = not image_fields & set(bad) and values["image_url"] is not None
-    if to_image and int(values["num_inference_steps"] * values["strength"]) < 1:
+    if to_image and int(steps * values["strength"]) < 1:
         problems.append("num_inference_steps x strength must be at least 1 with image_url")
     return problems
 

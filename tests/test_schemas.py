@@ -90,6 +90,11 @@ def test_row_6_steps(steps):
     assert "num_inference_steps must be a whole number from 1 to 200" in problem(num_inference_steps=steps)
 
 
+def test_pndm_needs_four_steps():
+    assert "PNDM needs num_inference_steps of at least 4" in problem(scheduler="PNDM", num_inference_steps=3)
+    assert validate_request({**GOOD, "scheduler": "PNDM", "num_inference_steps": 4}).scheduler == "PNDM"
+
+
 @pytest.mark.parametrize("guidance", [math.nan, math.inf, -math.inf, -1, "7", False, 10**400])
 def test_row_6_guidance(guidance):
     assert "guidance_scale must be a number from 0 to 100" in problem(guidance_scale=guidance)

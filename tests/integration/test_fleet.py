@@ -39,7 +39,8 @@ class Fleet:
 @pytest.fixture(scope="module")
 def fleet(queue: QueueServer, workers: Workers) -> Fleet:
     """All workers up: each has rendered once."""
-    fleet = Fleet({name: workers.start(name) for name in NAMES})
+    preload = {"w1": {"LORA_PRELOAD": "tiny-example, not-there"}}
+    fleet = Fleet({name: workers.start(name, **preload.get(name, {})) for name in NAMES})
     for job_id in [queue.submit(SMALL, worker=name) for name in NAMES]:
         queue.answer(job_id, 120)
     return fleet
@@ -66,6 +67,12 @@ def test_every_job_is_answered_once_and_each_lora_downloaded_once(fleet, queue: 
         assert len(files.asked(f"/{name}")) == 1, name
     assert len(list(cache.glob("*_?.safetensors"))) == 4
     assert not list(cache.glob(".partial/*"))
+
+
+def test_preloaded_loras_are_ready_and_one_that_fails_is_only_logged(fleet, queue: QueueServer):
+    log = fleet.processes["w1"].text
+    assert "ERROR  | sdxl_worker.parallel: LORA_PRELOAD: LORA_NOT_FOUND: " in log
+    assert "output" in queue.answer(queue.submit({**SMALL, "loras": ["tiny-example"]}, worker="w1"))
 
 
 def test_pings_say_what_is_running(fleet, queue: QueueServer):
