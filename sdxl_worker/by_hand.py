@@ -15,7 +15,6 @@ from sdxl_worker.cache import (
     look_up,
     publish,
     read_sidecar,
-    spare_folder,
     temporary_file,
     write_sidecar,
 )
@@ -23,11 +22,10 @@ from sdxl_worker.errors import CacheWriteError, LoraNotFound, LoraReferenceError
 from sdxl_worker.inspection import check_file, check_size, file_sha256, is_pickle, pickle_to_safetensors
 from sdxl_worker.references import WEIGHT_SUFFIXES, CachedReference, reference_key
 from sdxl_worker.settings import Settings
+from sdxl_worker.spare import spare_folder
 
 logger = logging.getLogger(__name__)
 
-# What was checked by this process, for volumes that cannot take a sidecar.
-_checked: dict[tuple[str, int, int], Entry] = {}
 _checking = threading.Lock()
 
 
@@ -64,21 +62,24 @@ def _existing_name(name: str, folder: Path) -> str:
 
 def _checked_entry(path: Path, settings: Settings) -> Entry:
     """A .safetensors file as it lies there; a file that a worker fetched before is known already."""
-    read = read_sidecar(path)
-    entry = look_up(path, read[0].key) if read is not None else None
+    entry = _known_entry(path)
     if entry is not None:
         return entry
-    with _checking:
-        found = path.stat()
-        memory = (str(path), found.st_size, found.st_mtime_ns)
-        if memory not in _checked:
-            check_size(path, settings)
-            if is_pickle(path):
-                pickle_to_safetensors(path, path, ".safetensors")  # refuses
-            facts = check_file(path)
-            sidecar = Sidecar(path.name, found.st_size, found.st_mtime_ns, file_sha256(path), **described(facts))
-            _checked[memory] = write_sidecar(path, sidecar)
-        return _checked[memory]
+    with _checking:  # one at a time: the check takes as much memory as the file
+        entry = _known_entry(path)
+        if entry is not None:
+            return entry
+        check_size(path, settings)
+        if is_pickle(path):
+            pickle_to_safetensors(path, path, ".safetensors")  # refuses
+        found, facts = path.stat(), check_file(path)
+        sidecar = Sidecar(path.name, found.st_size, found.st_mtime_ns, file_sha256(path), **described(facts))
+        return write_sidecar(path, sidecar)
+
+
+def _known_entry(path: Path) -> Entry | None:
+    read = read_sidecar(path)
+    return look_up(path, read[0].key if read is not None else "")
 
 
 def _converted_entry(reference: CachedReference, source: Path, settings: Settings) -> Entry:

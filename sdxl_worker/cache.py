@@ -16,7 +16,6 @@ import logging
 import os
 import secrets
 import stat
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -36,6 +35,8 @@ MAX_SIDECAR = 1 << 20
 # A use is noted at most this often, which keeps a hit cheap on a network volume.
 TOUCH_INTERVAL_S = 30.0
 
+# (path, size, mtime_ns) of files whose sidecar could not be written.
+_unwritten: "dict[tuple[str, int, int], Sidecar]" = {}
 _held: Counter[str] = Counter()
 _held_lock = Lock()
 
@@ -99,7 +100,8 @@ def look_up(path: Path, key: str) -> Entry | None:
         found = os.lstat(path)
     except OSError:
         return None
-    read = read_sidecar(path)
+    remembered = _unwritten.get((str(path), found.st_size, found.st_mtime_ns))
+    read = (remembered, time.time()) if remembered is not None else read_sidecar(path)
     if read is None or not stat.S_ISREG(found.st_mode):
         return None
     sidecar, used_at = read
@@ -117,7 +119,7 @@ def _touch(path: Path, used_at: float) -> None:
 
 
 def write_sidecar(path: Path, sidecar: Sidecar) -> Entry:
-    """Put `sidecar` beside `path`; where that is impossible (read-only volume) the entry is good for this once."""
+    """Put `sidecar` beside `path`; where that is impossible (a read-only volume) this process remembers it."""
     target = sidecar_path(path)
     content = json.dumps(asdict(sidecar), indent=1, allow_nan=False)
     try:
@@ -125,7 +127,8 @@ def write_sidecar(path: Path, sidecar: Sidecar) -> Entry:
             handle.write(content.encode())
             os.replace(temporary, target)
     except (OSError, CacheWriteError):
-        logger.warning("no sidecar could be written for %s", path.name, exc_info=True)
+        logger.warning("no sidecar can be written for %s; it is remembered by this worker only", path.name)
+        _unwritten[str(path), sidecar.size, sidecar.mtime_ns] = sidecar
     return Entry(path, sidecar)
 
 
@@ -239,24 +242,3 @@ def _entries(folder: Path) -> list[Path]:
         return [path for path in folder.iterdir() if path.is_file()]
     except OSError:
         return []
-
-
-def spare_path() -> Path:
-    """Where LoRAs go when the cache cannot be written; nothing is created."""
-    return Path(tempfile.gettempdir()) / f"sdxl-worker-loras-{os.getuid()}"
-
-
-def spare_folder() -> Path:
-    """This user's own folder in the container's temporary space.
-
-    Raises CacheWriteError when that cannot be had, or belongs to someone else.
-    """
-    folder = spare_path()
-    try:
-        folder.mkdir(mode=0o700, exist_ok=True)
-        found = folder.lstat()
-    except OSError as error:
-        raise CacheWriteError("neither the LoRA cache nor local temporary space can be written") from error
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-        raise CacheWriteError("the local temporary folder for LoRAs belongs to someone else")
-    return folder

@@ -17,8 +17,6 @@ from sdxl_worker.cache import (
     publish,
     quarantine,
     read_sidecar,
-    spare_folder,
-    spare_path,
     temporary_file,
     write_sidecar,
 )
@@ -46,6 +44,7 @@ from sdxl_worker.references import (
 )
 from sdxl_worker.request import LoraFile
 from sdxl_worker.settings import Settings
+from sdxl_worker.spare import spare_folder, spare_path
 
 logger = logging.getLogger(__name__)
 

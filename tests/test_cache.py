@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sdxl_worker import cache, errors
+from sdxl_worker import cache, errors, spare
 from sdxl_worker.cache import Sidecar, look_up, prepare_folder, read_sidecar, temporary_file, write_sidecar
 from sdxl_worker.owner import is_left_over, owner_tag
 from tests.support.download_files import partials
@@ -103,6 +103,18 @@ def test_a_broken_sidecar_is_none(tmp_path: Path, content: str):
     assert look_up(path, "k") is None
 
 
+def test_a_sidecar_that_cannot_be_written_is_remembered(tmp_path: Path):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(b"x")
+    (tmp_path / cache.PARTIAL).write_text("a file where the folder should be")  # root may write anywhere
+    stat = path.stat()
+    written = write_sidecar(path, Sidecar("a", stat.st_size, stat.st_mtime_ns, "", "k"))
+    assert look_up(path, "k") == written
+    assert look_up(path, "other") is None
+    path.write_bytes(b"changed")
+    assert look_up(path, "k") is None
+
+
 def test_a_use_is_noted_but_not_every_time(tmp_path: Path):
     path = entry(tmp_path)
     sidecar = cache.sidecar_path(path)
@@ -138,9 +150,9 @@ def test_a_temporary_file_goes_away_with_an_error(tmp_path: Path):
 
 def test_spare_space_of_somebody_else_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert not cache.spare_path().exists()
-    assert cache.spare_folder().stat().st_mode & 0o777 == 0o700
-    cache.spare_folder().rmdir()
-    cache.spare_path().symlink_to(tmp_path)
+    assert not spare.spare_path().exists()
+    assert spare.spare_folder().stat().st_mode & 0o777 == 0o700
+    spare.spare_folder().rmdir()
+    spare.spare_path().symlink_to(tmp_path)
     with pytest.raises(errors.CacheWriteError):
-        cache.spare_folder()
+        spare.spare_folder()
