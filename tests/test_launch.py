@@ -1,10 +1,12 @@
 """How a process is started, and what it says about itself."""
 
 import argparse
+import sys
 
 import pytest
 import runpod.serverless as sdk
 
+import handler
 from sdxl_worker.errors import ModelUnavailable
 from sdxl_worker.launch import get_ready, has_a_job, help_text, mode_of, sdk_config
 from sdxl_worker.resident import Mode, Resident
@@ -67,3 +69,41 @@ def test_a_missing_model_is_left_to_the_fitness_checks_on_runpod(tmp_path, caplo
 def test_concurrency(asked, given):
     config = sdk_config(Resident(Settings(worker_concurrency=asked)), None)  # type: ignore[arg-type]
     assert config["concurrency_modifier"](1) == given
+
+
+@pytest.fixture
+def command_line(monkeypatch, capsys, tmp_path):
+    """Runs handler.main with these arguments and environment: exit status, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(handler, "configure_logging", lambda _: None)
+    monkeypatch.setattr(sdk, "start", lambda _: pytest.fail("the worker was started"))
+
+    def run(*arguments: str, **environment: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["handler.py", *arguments])
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        handler._resident.cache_clear()
+        status = handler.main()
+        handler._resident.cache_clear()
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_help_loads_nothing(command_line):
+    status, out, err = command_line("--help", MODEL_ID="/nowhere")
+    assert (status, err) == (0, "")
+    assert "python handler.py --test_input" in out
+
+
+def test_a_wrong_setting_is_one_clear_sentence(command_line):
+    assert command_line(LORA_MAX_MB="many") == (1, "", "LORA_MAX_MB should be a float, not 'many'\n")
+
+
+def test_a_model_that_is_not_there_is_one_clear_sentence(command_line, tmp_path):
+    status, _, err = command_line(
+        "--test_input", '{"input": {}}', MODEL_ID="/nowhere", LORA_CACHE_DIR=str(tmp_path / "loras")
+    )
+    assert status == 1
+    assert err.count("\n") == 1
+    assert "MODEL_ID" in err

@@ -37,11 +37,16 @@ class Event:
 
 @dataclass
 class QueuedJob:
-    """A job that waits; `worker` restricts who may take it ("" = anyone)."""
+    """A job that waits, and who may take it: `worker` ("" = anyone), but none of `not_by`."""
 
     job_id: str
     payload: dict[str, Any]
     worker: str = ""
+    not_by: tuple[str, ...] = ()
+
+    def is_for(self, worker: str) -> bool:
+        """True when `worker` may take it."""
+        return self.worker in ("", worker) and worker not in self.not_by
 
 
 class QueueServer(ThreadingHTTPServer):
@@ -89,12 +94,12 @@ class QueueServer(ThreadingHTTPServer):
             "RUNPOD_POD_ID": worker,
         }
 
-    def submit(self, job_input: Any, *, worker: str = "", job_id: str = "") -> str:
+    def submit(self, job_input: Any, *, worker: str = "", not_by: tuple[str, ...] = (), job_id: str = "") -> str:
         """Queue a job (again, when the id is an old one) and return its id."""
         with self.changed:
             self._submitted += 1
             job_id = job_id or f"job-{self._submitted}"
-            self._waiting.append(QueuedJob(job_id, {"id": job_id, "input": job_input}, worker))
+            self._waiting.append(QueuedJob(job_id, {"id": job_id, "input": job_input}, worker, not_by))
             self.changed.notify_all()
         return job_id
 
@@ -140,7 +145,7 @@ class QueueServer(ThreadingHTTPServer):
             while not self._closing and time.monotonic() < deadline:
                 if is_gone():
                     return []
-                chosen = [job for job in self._waiting if job.worker in ("", worker)][:count]
+                chosen = [job for job in self._waiting if job.is_for(worker)][:count]
                 if chosen:
                     for job in chosen:
                         self._waiting.remove(job)

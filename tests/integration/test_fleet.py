@@ -31,7 +31,7 @@ sys.exit(handler.main())
 
 @dataclass(frozen=True)
 class Fleet:
-    """The workers by name."""
+    """The workers by name; two more, `sick` and `broken`, start while the others are being tested."""
 
     processes: dict[str, WorkerProcess]
 
@@ -43,6 +43,8 @@ def fleet(queue: QueueServer, workers: Workers) -> Fleet:
     fleet = Fleet({name: workers.start(name, **preload.get(name, {})) for name in NAMES})
     for job_id in [queue.submit(SMALL, worker=name) for name in NAMES]:
         queue.answer(job_id, 120)
+    fleet.processes["sick"] = workers.start("sick", MODEL_ID="/nowhere")
+    fleet.processes["broken"] = workers.start("broken", script=BROKEN_DEVICE)
     return fleet
 
 
@@ -57,7 +59,10 @@ def running(queue: QueueServer, job_id: str) -> None:
 
 def test_every_job_is_answered_once_and_each_lora_downloaded_once(fleet, queue: QueueServer, files: FileServer, cache):
     names = [f"{letter}.safetensors" for letter in "abcd"]
-    ids = [queue.submit({**SMALL, "loras": [f"{files.origin}/{names[index % 4]}"]}) for index in range(16)]
+    ids = [
+        queue.submit({**SMALL, "loras": [f"{files.origin}/{names[index % 4]}"]}, not_by=("broken",))
+        for index in range(16)
+    ]
     answers = [queue.answer(job_id) for job_id in ids]
     assert all(answer["output"]["loras"][0]["layers_applied"] > 100 for answer in answers)
     assert len({answer["output"]["images"][0] for answer in answers}) == 4
@@ -146,21 +151,19 @@ def test_sigkill_during_a_job_and_another_worker_answers_it(fleet, queue: QueueS
     assert len(queue.of("done", job_id)) == 1
 
 
-def test_an_unhealthy_worker_says_so_to_runpod_and_exits_1(queue: QueueServer, workers: Workers):
-    worker = workers.start("sick", MODEL_ID="/nowhere")
-    assert worker.process.wait(120) == 1
+def test_an_unhealthy_worker_says_so_to_runpod_and_exits_1(fleet: Fleet, queue: QueueServer):
+    assert fleet.processes["sick"].process.wait(120) == 1
     (report,) = [event.body for event in queue.of("ping") if event.worker == "sick"]
     assert (report["status"], report["check"]) == ("unhealthy", "check_model")
     assert "MODEL_ID" in report["reason"]
 
 
-def test_row_50_a_broken_device_is_answered_and_ends_the_process(queue: QueueServer, workers: Workers):
-    worker = workers.start("broken", script=BROKEN_DEVICE)
+def test_row_50_a_broken_device_is_answered_and_ends_the_process(fleet: Fleet, queue: QueueServer):
     job_id = queue.submit(SMALL, worker="broken")
     answer = queue.answer(job_id, 120)
     assert answer["error"].startswith("DEVICE_FAILED: ")
     assert answer["stopPod"] is True
-    assert worker.process.wait(60) == 0
+    assert fleet.processes["broken"].process.wait(60) == 0
 
 
 def test_row_22_a_secret_in_a_reference_is_shown_nowhere(fleet, queue: QueueServer, files: FileServer):

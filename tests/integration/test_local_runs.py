@@ -21,7 +21,6 @@ from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionXLPipeline
 from PIL import Image
 from torch import Tensor
 
-import handler
 from sdxl_worker import tiny
 from tests.integration.conftest import SMALL
 from tests.integration.worker_process import ROOT, WorkerProcess, worker_environment
@@ -229,29 +228,19 @@ def test_errors_are_a_failed_status_with_a_code(api):
     assert answer["error"].startswith("INVALID_INPUT: prompt is required; width must")
 
 
-def run_handler(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "handler.py"), *arguments],
-        cwd=folder,
-        env={**worker_environment(folder / "loras"), **environment},
+def test_the_job_in_test_input_json_saves_its_picture_says_where_and_shows_a_bar(tmp_path):
+    job = {"input": {**SMALL, "loras": [{"path": "tiny-example", "scale": 0.8}]}}
+    (tmp_path / "test_input.json").write_text(json.dumps(job))
+    environment = worker_environment(tmp_path / "loras")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "handler.py")],
+        cwd=tmp_path,
+        env=environment,
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
     )
-
-
-def test_help_says_how_to_start_and_loads_nothing(tmp_path):
-    done = run_handler(tmp_path, "--help")
-    assert done.returncode == 0
-    for word in ("--test_input", "--rp_serve_api", "MODEL_ID", "LORA_CACHE_DIR", "WORKER_CONCURRENCY"):
-        assert word in done.stdout
-    assert not list(tmp_path.iterdir())
-
-
-def test_one_job_saves_its_picture_says_where_and_shows_a_bar(tmp_path):
-    job = {"input": {**SMALL, "loras": [{"path": "tiny-example", "scale": 0.8}]}}
-    done = run_handler(tmp_path, "--test_input", json.dumps(job))
     assert done.returncode == 0, done.stderr
     assert done.stdout.rstrip().endswith("Saved output/local_test_1.png")
     saved = Image.open(tmp_path / "output" / "local_test_1.png")
@@ -259,31 +248,3 @@ def test_one_job_saves_its_picture_says_where_and_shows_a_bar(tmp_path):
     assert "<lora:tiny-example:0.8>" in saved.info["parameters"]
     assert "2/2" in done.stderr
     assert "worker: python 3." in done.stdout
-
-
-def test_the_job_in_test_input_json_and_a_job_that_fails(tmp_path):
-    (tmp_path / "test_input.json").write_text(json.dumps({"input": {**SMALL, "scheduler": "NONE"}}))
-    done = run_handler(tmp_path)
-    assert done.returncode == 1
-    assert "failed with error: INVALID_INPUT: scheduler must be one of PNDM" in done.stdout
-
-
-def test_without_a_job_nothing_is_loaded(tmp_path):
-    done = run_handler(tmp_path, MODEL_ID="/nowhere")
-    assert done.returncode == 1
-    assert "test_input.json not found" in done.stdout
-
-
-def test_a_model_that_is_not_there_is_one_clear_sentence(tmp_path):
-    done = run_handler(tmp_path, "--test_input", json.dumps({"input": SMALL}), MODEL_ID="/nowhere")
-    assert done.returncode == 1
-    assert "MODEL_ID" in done.stderr
-    assert "Traceback" not in done.stderr + done.stdout
-
-
-def test_a_wrong_setting_is_one_clear_sentence(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["handler.py"])
-    monkeypatch.setenv("LORA_MAX_MB", "many")
-    handler._resident.cache_clear()
-    assert handler.main() == 1
-    assert capsys.readouterr().err == "LORA_MAX_MB should be a float, not 'many'\n"
