@@ -286,12 +286,13 @@ def run(options: argparse.Namespace) -> None:
         results = {
             **machine(),
             "folder": str(options.folder),
-            "load_average_at_start": os.getloadavg()[0],  # of all programs on the machine, before this one
+            "load_average": [os.getloadavg()[0]],  # of all programs on the machine: before, and after
             "curl": curl.stdout.splitlines()[0],
             "download": measure_download(large, folder, options.repeats),
             "hit": measure_hit(folder),
             "workers": measure_workers(folder),
         }
+        results["load_average"].append(os.getloadavg()[0])
     path = write_result("cache", results)
     sys.stdout.write(f"{report(results)}\n\n{path}\n")
 

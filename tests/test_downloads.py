@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load
+from safetensors.torch import load, save
 
 from download_weights import download_lora, download_loras
 from sdxl_worker import cache, errors, fetch, locks
@@ -63,6 +63,15 @@ def test_a_url_is_downloaded_once_and_described(server: FileServer, settings: Se
     assert (read[0].base_model, read[0].sha256, read[0].reference) == ("SDXL", on.sha256(LORA), url)
     assert "SECRET" not in sidecar_path(first.path).read_text() + str(list(settings.lora_cache_dir.rglob("*")))
     assert partials(settings.lora_cache_dir) == []
+
+
+def test_a_lora_for_another_base_model_is_cached_and_named(server: FileServer, settings: Settings):
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+    tensors = {f"{name}.lora_down.weight": torch.ones(4, 768), f"{name}.lora_up.weight": torch.ones(320, 4)}
+    file = get(server.add("/sd15.safetensors", on.whole(save(tensors))), settings)
+    read = read_sidecar(file.path)
+    assert read is not None
+    assert read[0].base_model == "Stable Diffusion 1.5"
 
 
 def test_progress_reaches_the_caller(server: FileServer, settings: Settings):
