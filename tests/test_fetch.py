@@ -125,7 +125,7 @@ def test_authorization_stays_with_its_origin(server: FileServer):
 def test_a_slow_server_meets_the_deadline(server: FileServer, reply: on.Reply):
     with pytest.raises(errors.FetchTimeout):
         get(server.add("/a", reply), seconds=0.5)
-    assert len(server.requests) == 1
+    assert len(server.requests) <= 1
 
 
 @pytest.mark.parametrize("reply", [on.drip(CONTENT), on.silent, on.drip_headers()], ids=["drip", "silent", "headers"])
@@ -220,17 +220,23 @@ def test_a_gzip_bomb_is_refused_unread(server: FileServer):
 
 
 def test_progress_is_told_with_the_total_and_not_too_often(server: FileServer, monkeypatch: pytest.MonkeyPatch):
-    told: list[tuple[int, int | None]] = []
-    sink = io.BytesIO()
-    url = server.add("/a", on.whole(CONTENT))
-    budget = Budget.start(20)
-    fetch_to(sink, Target(url), max_bytes=1 << 24, budget=budget, on_progress=lambda *state: told.append(state))
-    assert told[-1] == (len(CONTENT), len(CONTENT))
-    assert told == sorted(told)
-    assert len(told) <= 4
-    url = server.add("/b", on.whole(CONTENT, length=False))
-    fetch_to(sink, Target(url), max_bytes=1 << 24, budget=budget, on_progress=lambda *state: told.append(state))
-    assert told[-1] == (len(CONTENT), None)
+    def told(url: str) -> list[tuple[int, int | None]]:
+        states: list[tuple[int, int | None]] = []
+        budget = Budget.start(20)
+        fetch_to(
+            io.BytesIO(), Target(url), max_bytes=1 << 24, budget=budget, on_progress=lambda *state: states.append(state)
+        )
+        return states
+
+    known, unknown = server.add("/a", on.whole(CONTENT)), server.add("/b", on.whole(CONTENT, length=False))
+    monkeypatch.setattr(fetch, "PROGRESS_INTERVAL_S", float("inf"))
+    assert told(known) == [(len(CONTENT), len(CONTENT))]
+    assert told(unknown) == [(len(CONTENT), None)]
+    monkeypatch.setattr(fetch, "PROGRESS_INTERVAL_S", 0.0)
+    every = told(known)
+    assert len(every) > 1
+    assert every == sorted(every)
+    assert every[-1] == (len(CONTENT), len(CONTENT))
 
 
 BLOCKED = [
@@ -320,7 +326,7 @@ def test_secrets_are_in_no_message_and_no_log(server: FileServer, caplog: pytest
     urls += [server.add(f"/{index}", reply) for index, reply in enumerate(replies)]
     for url in urls:
         with pytest.raises(errors.LoraDownloadError) as caught:
-            get(url + query, seconds=0.4, Authorization=f"Bearer {secret}")
+            get(url + query, seconds=1.5, Authorization=f"Bearer {secret}")
         logging.getLogger("test").error("failed", exc_info=caught.value)
     assert caplog.text.count("Traceback") >= len(urls)
     assert secret not in caplog.text
