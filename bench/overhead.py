@@ -95,6 +95,7 @@ def request_overhead(repeats: int, side: int, steps: int) -> dict[str, Any]:
         first, second = (bare, through_the_handler) if number % 2 else (through_the_handler, bare)
         times = {first: _seconds(first), second: _seconds(second)}
         pairs.append((times[bare], times[through_the_handler]))
+    stages = {stage: statistics.median(values) for stage, values in lines.stages.items()}
     return {
         "side": side,
         "steps": steps,
@@ -102,7 +103,8 @@ def request_overhead(repeats: int, side: int, steps: int) -> dict[str, Any]:
         "bare_s": statistics.median(pair[0] for pair in pairs),
         "handler_s": statistics.median(pair[1] for pair in pairs),
         "ratio": statistics.median(through / alone for alone, through in pairs),
-        "stages_ms": {stage: statistics.median(values) for stage, values in lines.stages.items()},
+        "stages_ms": stages,
+        "share_beside_rendering": 1 - stages["denoising"] / stages["total"],
     }
 
 
@@ -204,6 +206,7 @@ def _report(results: dict[str, Any]) -> str:
     ]
     ratios = [
         ["whole request / bare diffusers call", f"{request['ratio']:.4f}"],
+        ["all but rendering / whole request", f"{request['share_beside_rendering']:.4f}"],
         ["jobs per minute, WORKER_CONCURRENCY 2 / 1", f"{queue['ratio']:.2f}"],
     ]
     return "\n\n".join(

@@ -16,9 +16,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from sdxl_worker.errors import InvalidRequest
 
-# Pillow's default of 6 takes about four times as long for a tenth less (bench/overhead.py prints the levels).
+# Pillow's default of 6 takes almost four times as long for an eighth less (bench/overhead.py measures the levels).
 PNG_LEVEL = 1
-# Pillow's default of 4 takes about three times as long as 2 for the same size.
+# Pillow's default of 4 takes twice as long for the same size.
 WEBP_METHOD = 2
 # One EXIF block of a JPEG holds 64 kB; a longer text is left out rather than cut.
 MAX_EXIF_BYTES = 65_000

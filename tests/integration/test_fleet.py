@@ -80,10 +80,15 @@ def test_preloaded_loras_are_ready_and_one_that_fails_is_only_logged(fleet, queu
     assert "output" in queue.answer(queue.submit({**SMALL, "loras": ["tiny-example"]}, worker="w1"))
 
 
-def test_pings_say_what_is_running(fleet, queue: QueueServer):
-    job_id = queue.submit(LONG, worker="w1")
+def test_pings_and_progress_say_what_is_running(fleet, queue: QueueServer):
+    job_id = queue.submit({**LONG, "preview": True}, worker="w1")
     queue.wait(lambda: any(event.body.get("job_id") == job_id for event in queue.of("ping")), 30, "a ping")
     assert "output" in queue.answer(job_id)
+    told = [event.body["output"] for event in queue.of("progress", job_id)]
+    steps = [entry["step"] for entry in told if "step" in entry]
+    assert steps == sorted(set(steps))
+    assert all(entry["steps"] == 100 for entry in told if "step" in entry)
+    assert any(entry.get("preview", "").startswith("data:image/jpeg;base64,") for entry in told)
 
 
 def test_a_job_stopped_while_denoising_gets_no_answer_and_the_next_one_the_usual_bits(fleet, queue: QueueServer):
