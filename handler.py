@@ -22,7 +22,7 @@ from sdxl_worker import launch
 from sdxl_worker.answers import check_size, sendable
 from sdxl_worker.delivery import deliver
 from sdxl_worker.errors import Cancelled, ModelUnavailable, WorkerError
-from sdxl_worker.faults import as_worker_error, free_memory
+from sdxl_worker.faults import as_worker_error
 from sdxl_worker.input_image import fetch_input_image
 from sdxl_worker.jobs import JobRun
 from sdxl_worker.logs import configure_logging, current_job
@@ -111,8 +111,6 @@ def _failure(error: Exception, resident: Resident) -> dict[str, Any]:
     answer = sendable(failure.as_answer())
     if resident.health.failed(failure):
         answer["refresh_worker"] = True
-    if not failure.caller_at_fault:
-        free_memory(error)
     return answer
 
 

@@ -33,8 +33,11 @@ def _mentions(error: Exception, text: str, words: tuple[str, ...]) -> bool:
 
 
 def free_memory(error: Exception) -> None:
-    """Let go of what the frames of `error` hold, on the host and on the device."""
-    traceback.clear_frames(error.__traceback__)
+    """Let go of what the frames of `error` and of what led to it hold, on the host and on the device."""
+    link: BaseException | None = error
+    while link is not None:
+        traceback.clear_frames(link.__traceback__)
+        link = link.__cause__ or link.__context__
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -58,9 +61,9 @@ class Health:
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
-        """Around everything that uses the device: refuse it after a fatal error, and note how it ends.
+        """Around everything that uses the device: refuse it after a fatal error, note how it ends, free its memory.
 
-        Noted before the device is passed on, so that a job that waits for it cannot slip in.
+        All before the device is passed on, so that the job that waits for it finds a good one or none.
         """
         self.check()
         try:
@@ -69,6 +72,8 @@ class Health:
             failure = as_worker_error(error)
             if failure.refresh_worker:
                 self._fatal = failure
+            if not failure.caller_at_fault:
+                free_memory(error)
             raise
         self._out_of_memory_in_a_row = 0
 

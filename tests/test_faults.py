@@ -1,5 +1,7 @@
 """What library exceptions mean for the job and for the process."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -67,3 +69,30 @@ def test_after_a_fatal_error_the_device_is_refused(error):
     with pytest.raises(type(as_worker_error(error))), health.watch():
         pytest.fail("the device was used")
     assert health.failed(as_worker_error(error))
+
+
+def test_what_a_failed_job_held_is_free_before_the_device_is_passed_on():
+    held = []
+
+    class Latents:
+        """Stands for a tensor."""
+
+    def render() -> None:
+        latents = Latents()
+        held.append(weakref.ref(latents))
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        finally:
+            restore(latents)
+
+    def restore(weights: object) -> None:
+        raise RestoreFailed("lost")
+
+    caught = None
+    try:
+        with Health().watch():
+            render()
+    except RestoreFailed as error:
+        caught = error
+        assert held[0]() is None
+    assert caught is not None
