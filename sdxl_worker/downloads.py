@@ -1,5 +1,6 @@
 """LoRA reference -> checked local file: the cache first, then one download, published whole or not at all."""
 
+import io
 import logging
 import time
 from collections.abc import Callable
@@ -30,7 +31,14 @@ from sdxl_worker.errors import (
 )
 from sdxl_worker.eviction import evict, evict_down_to
 from sdxl_worker.fetch import Progress, fetch_to
-from sdxl_worker.inspection import check_file, file_sha256, is_pickle, max_lora_bytes, pickle_to_safetensors
+from sdxl_worker.inspection import (
+    add_metadata,
+    check_file,
+    file_sha256,
+    is_pickle,
+    max_lora_bytes,
+    pickle_to_safetensors,
+)
 from sdxl_worker.located import Located
 from sdxl_worker.locks import turn_to_download
 from sdxl_worker.references import (
@@ -54,6 +62,7 @@ RECHECK_S = 600.0
 RETRY_UNREACHABLE_S = 60.0
 # How much temporary space LoRAs may take when the cache folder cannot be written and LORA_CACHE_MAX_GB says nothing.
 SPARE_MAX_GB = 8.0
+MAX_PEFT_CONFIG = 256 * 1024
 
 _UNREACHABLE = (FetchFailed, FetchTimeout, FetchIncomplete)
 _LOCATE: dict[type, Callable[[Any, Settings, Budget], Located]] = {
@@ -198,16 +207,28 @@ def _download_into(folder: Path, task: _Task, located: Located) -> Entry:
             identity=located.identity,
             checked_at=time.time(),
         )
-        if is_pickle(temporary):
-            return _publish_converted(temporary, path, sidecar, located.suffix)
+        if is_pickle(temporary) or located.peft_config:
+            return _publish_rewritten(temporary, path, sidecar, located, task.budget)
         return publish(temporary, path, replace(sidecar, **described(check_file(temporary))))
 
 
-def _publish_converted(source: Path, path: Path, sidecar: Sidecar, suffix: str) -> Entry:
-    with temporary_file(path.parent, path.name) as (temporary, _handle):
-        pickle_to_safetensors(source, temporary, suffix)
-        facts = check_file(temporary)
-        return publish(temporary, path, replace(sidecar, sha256=file_sha256(temporary), **described(facts)))
+def _publish_rewritten(source: Path, path: Path, sidecar: Sidecar, located: Located, budget: Budget) -> Entry:
+    """A pickle as safetensors, a PEFT adapter with its settings: what is published then has a sha256 of its own."""
+    with temporary_file(path.parent, path.name) as (converted, _), temporary_file(path.parent, path.name) as (final, _):
+        if is_pickle(source):
+            pickle_to_safetensors(source, converted, located.suffix)
+            source = converted
+        metadata = _peft_metadata(located.peft_config, budget) if located.peft_config else {}
+        add_metadata(source, final, metadata)
+        facts = check_file(final)
+        return publish(final, path, replace(sidecar, sha256=file_sha256(final), **described(facts)))
+
+
+def _peft_metadata(target: Target, budget: Budget) -> dict[str, str]:
+    """adapter_config.json under the name that diffusers gives it in a file's metadata."""
+    config = io.BytesIO()
+    fetch_to(config, target, max_bytes=MAX_PEFT_CONFIG, budget=budget)
+    return {"lora_adapter_metadata": config.getvalue().decode("utf-8", "replace")}
 
 
 def _url_suffix(reference: UrlReference) -> str:

@@ -6,6 +6,7 @@ metadata call (with HF_TOKEN, HF_ENDPOINT and the Hub's redirects) and our fetch
 
 import logging
 import re
+from collections.abc import Callable
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_FILE = "pytorch_lora_weights.safetensors"
+PEFT_STEM, PEFT_CONFIG = "adapter_model", "adapter_config.json"
 METADATA_TIMEOUT_S = 10.0
 ATTEMPTS = 3
 RETRY_S = 0.5
@@ -40,22 +42,39 @@ def locate(reference: HubReference, settings: Settings, budget: Budget) -> Locat
     if not reference.is_file:
         api = HfApi(endpoint=endpoint, token=token)
         path = choose_file(_ask(reference, budget, lambda: _list_files(api, reference)), reference)
-    url = hf_hub_url(reference.repo, path, revision=reference.revision, endpoint=endpoint)
-    found: Any = _ask(
-        reference,
-        budget,
-        lambda: get_hf_file_metadata(url, token=token, timeout=METADATA_TIMEOUT_S, endpoint=endpoint),
-    )
-    # The CDN's address carries its own signature; the token stays with the Hub.
-    at_home = urlsplit(found.location).netloc == urlsplit(endpoint).netloc
-    headers = {"Authorization": f"Bearer {token}"} if token and at_home else {}
+
+    def look_up(path: str) -> tuple[Any, Target]:
+        url = hf_hub_url(reference.repo, path, revision=reference.revision, endpoint=endpoint)
+        found: Any = _ask(
+            reference,
+            budget,
+            lambda: get_hf_file_metadata(url, token=token, timeout=METADATA_TIMEOUT_S, endpoint=endpoint),
+        )
+        # The CDN's address carries its own signature; the token stays with the Hub.
+        at_home = urlsplit(found.location).netloc == urlsplit(endpoint).netloc
+        headers = {"Authorization": f"Bearer {token}"} if token and at_home else {}
+        return found, Target(found.location, headers, trusted_origin=endpoint, auth_hint=AUTH_HINT)
+
+    found, target = look_up(path)
     etag = found.etag or ""
     return Located(
-        Target(found.location, headers, trusted_origin=endpoint, auth_hint=AUTH_HINT),
+        target,
         identity=f"{path}:{etag or found.commit_hash}",
         sha256=etag if re.fullmatch(r"[0-9a-f]{64}", etag) else "",
         suffix=PurePosixPath(path).suffix.lower(),
+        peft_config=_peft_config(path, look_up),
     )
+
+
+def _peft_config(path: str, look_up: Callable[[str], tuple[Any, Target]]) -> Target | None:
+    """The settings that PEFT saves beside `adapter_model.safetensors`, where the repo has them."""
+    if PurePosixPath(path).stem != PEFT_STEM:
+        return None
+    try:
+        return look_up(str(PurePosixPath(path).with_name(PEFT_CONFIG)))[1]
+    except LoraNotFound:
+        logger.warning("%s has no %s beside it: alpha is taken to be the rank", path, PEFT_CONFIG)
+        return None
 
 
 def choose_file(files: list[str], reference: HubReference) -> str:

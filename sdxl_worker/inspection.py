@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,13 @@ def pickle_to_safetensors(source: Path, target: Path, suffix: str) -> None:
     from sdxl_worker.lora_pickle import convert_pickle
 
     convert_pickle(source, target)
+
+
+def add_metadata(source: Path, target: Path, metadata: Mapping[str, str]) -> None:
+    """Copy a safetensors file with `metadata` added to its own; raises BadLoraFile or NotALora."""
+    from sdxl_worker.safetensors_file import copy_with_metadata
+
+    copy_with_metadata(source, target, metadata)
 
 
 def file_sha256(path: Path) -> str:

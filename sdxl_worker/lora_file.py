@@ -12,7 +12,7 @@ from sdxl_worker.errors import BadLoraFile, LoraIncompatible
 from sdxl_worker.lora_base_model import UNKNOWN, detect_base_model
 from sdxl_worker.lora_keys import FileKeys, sort_keys
 from sdxl_worker.lora_metadata import clean_text, describe, peft_alphas
-from sdxl_worker.safetensors_file import Header, read_header, read_tensors, view_tensors
+from sdxl_worker.safetensors_file import Header, read_header, read_tensors, stream_tensors, view_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -76,13 +76,14 @@ def check_lora_file(path: Path) -> LoraFacts:
 
     Raises BadLoraFile (broken or hostile), NotALora (another kind of file) or LoraIncompatible (no LoRA tensors).
     """
-    return read_lora(path).facts
-
-
-def read_facts(path: Path) -> LoraFacts:
-    """The facts from the header alone, in milliseconds; `alpha` stays unknown. Raises like check_lora_file."""
     header = read_header(path)
-    return _facts(header, _sorted_keys(header), {})
+    keys = _sorted_keys(header)
+    alphas = {}
+    for name, tensor in stream_tensors(path):
+        check_values(name, tensor)
+        if name.endswith(".alpha"):
+            alphas[name] = tensor.clone()
+    return _facts(header, keys, alphas)
 
 
 def read_lora(path: Path, *, pinned: bool = False) -> LoraContent:
@@ -91,7 +92,8 @@ def read_lora(path: Path, *, pinned: bool = False) -> LoraContent:
     keys = _sorted_keys(header)
     header, data = read_tensors(path, pinned=pinned)
     tensors = view_tensors(header, data)
-    _check_values(tensors)
+    for name, tensor in tensors.items():
+        check_values(name, tensor)
     return LoraContent(_facts(header, keys, tensors), keys, header, data, tensors, peft_alphas(header.metadata))
 
 
@@ -103,18 +105,17 @@ def _sorted_keys(header: Header) -> FileKeys:
     return keys
 
 
-def _check_values(tensors: Mapping[str, torch.Tensor]) -> None:
+def check_values(name: str, tensor: torch.Tensor) -> None:
+    """Raise BadLoraFile, naming the tensor, for NaN, infinities, and values beyond float16."""
     import torch
 
-    for name, tensor in tensors.items():
-        if tensor.numel() == 0:
-            continue
-        # 8-bit floats have no comparison kernels.
-        values = tensor if tensor.element_size() > 1 else tensor.float()
-        low, high = torch.aminmax(values)
-        # A comparison with NaN is false, so this one test finds it as well.
-        if not (float(low) >= -MAX_VALUE and float(high) <= MAX_VALUE):
-            raise BadLoraFile(f"the tensor {clean_text(name)} holds values that are not finite or far too large")
+    if tensor.numel() == 0:
+        return
+    # 8-bit floats have no comparison kernels.
+    low, high = torch.aminmax(tensor if tensor.element_size() > 1 else tensor.float())
+    # A comparison with NaN is false, so this one test finds it as well.
+    if not (float(low) >= -MAX_VALUE and float(high) <= MAX_VALUE):
+        raise BadLoraFile(f"the tensor {clean_text(name)} holds values that are not finite or far too large")
 
 
 def _facts(header: Header, keys: FileKeys, tensors: Mapping[str, torch.Tensor]) -> LoraFacts:

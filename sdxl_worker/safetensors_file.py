@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,9 +83,28 @@ def read_tensors(path: Path, *, pinned: bool = False) -> tuple[Header, torch.Ten
     with _open(path) as file:
         header = _read_header(file)
         data = torch.empty(header.data_size, dtype=torch.uint8, pin_memory=pinned)
-        if header.data_size and file.readinto(data.numpy().data) != header.data_size:
-            raise BadLoraFile("the file became shorter while it was read")
+        _fill(data, file)
     return header, data
+
+
+def stream_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each tensor by name, one after the other, in memory that the next one reuses; raises like `read_header`."""
+    import torch
+
+    with _open(path) as file:
+        header = _read_header(file)
+        buffer = torch.empty(
+            max((entry.end - entry.begin for entry in header.entries.values()), default=0), dtype=torch.uint8
+        )
+        for name, entry in header.entries.items():
+            part = buffer[: entry.end - entry.begin]
+            _fill(part, file)
+            yield name, part.view(getattr(torch, DTYPES[entry.dtype][0])).reshape(entry.shape)
+
+
+def _fill(buffer: torch.Tensor, file: io.BufferedReader) -> None:
+    if buffer.numel() and file.readinto(buffer.numpy().data) != buffer.numel():
+        raise BadLoraFile("the file became shorter while it was read")
 
 
 def view_tensors(header: Header, data: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import time
@@ -11,11 +12,15 @@ from typing import Any
 
 import huggingface_hub.constants
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from download_weights import download_lora
 from sdxl_worker import downloads, errors, fetch, hub
 from sdxl_worker.cache import read_sidecar, sidecar_path
+from sdxl_worker.lora_metadata import peft_alphas
 from sdxl_worker.request import LoraFile
+from sdxl_worker.safetensors_file import read_header
 from tests.support import http_server as on
 from tests.support.download_files import lora_bytes, published, settings_for
 from tests.support.http_server import FileServer
@@ -204,3 +209,26 @@ def test_the_sidecar_names_the_repo(stand_in: Hub, tmp_path: Path):
     read = read_sidecar(get("user/repo", stand_in, tmp_path).path)
     assert read is not None
     assert (read[0].reference, read[0].base_model) == ("user/repo", "SDXL")
+
+
+def _adapter(ending: str, folder: Path) -> bytes:
+    key = "base_model.model.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    tensors = {f"{key}.lora_A.weight": torch.ones(4, 32), f"{key}.lora_B.weight": torch.ones(32, 4)}
+    (torch.save if ending == "bin" else save_file)(tensors, folder / "made")
+    return (folder / "made").read_bytes()
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+@pytest.mark.parametrize(("config", "alpha"), [({"r": 4, "lora_alpha": 16}, 16.0), (None, None)])
+def test_a_peft_adapter_keeps_its_alpha(
+    stand_in: Hub, tmp_path: Path, ending: str, config: dict[str, int] | None, alpha: float | None
+):
+    name = f"adapter_model.{ending}"
+    files = {name: _adapter(ending, tmp_path)} | (
+        {"adapter_config.json": json.dumps(config).encode()} if config else {}
+    )
+    stand_in.add("user/repo", Repo(files))
+    file = get(f"user/repo/{name}", stand_in, tmp_path)
+    assert peft_alphas(read_header(file.path).metadata).get("alpha") == alpha
+    assert file.sha256 == hashlib.sha256(file.path.read_bytes()).hexdigest()
+    assert get(f"user/repo/{name}", stand_in, tmp_path).cached

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sdxl_worker.errors import BadLoraFile, LoraIncompatible
-from sdxl_worker.lora_file import check_lora_file, read_facts
+from sdxl_worker.lora_file import check_lora_file
 from tests.support.lora_files import CONV, FORMATS, LINEAR, kohya, lora, save, whole_unet
 
 WEIGHT = torch.zeros(8, 6)
@@ -41,7 +41,7 @@ def test_a_file_without_lora_tensors_is_refused_with_the_count(keys: list[str], 
 
 def test_the_format_is_named(pipeline, tmp_path: Path):
     named = {
-        name: read_facts(save(tmp_path / "a.safetensors", whole_unet(pipeline.unet, name)[0])).format
+        name: check_lora_file(save(tmp_path / "a.safetensors", whole_unet(pipeline.unet, name)[0])).format
         for name in FORMATS
     }
     assert named == {
