@@ -26,7 +26,7 @@ def lora_bytes(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 def files(lora_bytes: bytes) -> Iterator[FileServer]:
     """Serves LoRAs, one page that is none, and nothing else."""
     with FileServer() as server:
-        for name in ("a", "b", "c", "d"):
+        for name in "abcdef":
             server.add(f"/{name}.safetensors", whole(lora_bytes))
         server.add("/page.safetensors", status(200, b"<html>not here</html>", content_type="text/html"))
         yield server
