@@ -7,17 +7,17 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from sdxl_worker.base_model import find_base_model, find_vae
-from sdxl_worker.cache import prepare_folder
-from sdxl_worker.downloads import resolve_lora
+from sdxl_worker.download.base_model import find_base_model, find_vae
+from sdxl_worker.download.cache import prepare_folder
+from sdxl_worker.download.downloads import resolve_lora
+from sdxl_worker.download.eviction import list_cache, prune, verify
+from sdxl_worker.download.parallel import resolve_loras
+from sdxl_worker.download.references import parse_reference
+from sdxl_worker.download.report import listed_json, lora_facts, write_facts, write_json, write_list, write_table
+from sdxl_worker.download.urls import mask
 from sdxl_worker.errors import WorkerError
-from sdxl_worker.eviction import list_cache, prune, verify
-from sdxl_worker.parallel import resolve_loras
-from sdxl_worker.references import parse_reference
-from sdxl_worker.report import listed_json, lora_facts, write_facts, write_json, write_list, write_table
 from sdxl_worker.request import LoraFile
 from sdxl_worker.settings import Settings
-from sdxl_worker.urls import mask
 
 
 def get_lora_cache_path(lora_source: str) -> Path:

@@ -18,24 +18,24 @@ from typing import Any
 from PIL.Image import Image
 
 from schemas import validate_request
-from sdxl_worker import launch
-from sdxl_worker.answers import check_size, sendable
-from sdxl_worker.delivery import deliver
+from sdxl_worker.download.parallel import preload
 from sdxl_worker.errors import Cancelled, ModelUnavailable, WorkerError
-from sdxl_worker.faults import as_worker_error
-from sdxl_worker.input_image import fetch_input_image
-from sdxl_worker.jobs import JobRun
+from sdxl_worker.job import launch
+from sdxl_worker.job.answers import check_size, sendable
+from sdxl_worker.job.delivery import deliver
+from sdxl_worker.job.faults import as_worker_error
+from sdxl_worker.job.input_image import fetch_input_image
+from sdxl_worker.job.jobs import JobRun
+from sdxl_worker.job.lora_entries import parse_lora_entries
+from sdxl_worker.job.progress import preview_jpeg
+from sdxl_worker.job.ready_lora import ReadyLora, make_ready
+from sdxl_worker.job.resident import Resident
+from sdxl_worker.job.upload import bucket_is_configured
 from sdxl_worker.logs import configure_logging, current_job
-from sdxl_worker.lora_engine import AppliedLora, ParsedLora
-from sdxl_worker.lora_entries import parse_lora_entries
-from sdxl_worker.parallel import preload
+from sdxl_worker.lora.engine import AppliedLora, ParsedLora
 from sdxl_worker.pipeline import render
-from sdxl_worker.progress import preview_jpeg
-from sdxl_worker.ready_lora import ReadyLora, make_ready
 from sdxl_worker.request import GenerationRequest, LoraScale, LoraSpec
-from sdxl_worker.resident import Resident
 from sdxl_worker.settings import Settings
-from sdxl_worker.upload import bucket_is_configured
 
 logger = logging.getLogger("handler")
 

@@ -11,7 +11,7 @@ from typing import Any
 from runpod.serverless.utils.rp_validator import validate
 
 from sdxl_worker.errors import InvalidRequest
-from sdxl_worker.lora_entries import REFERENCE_KEYS, finite, parse_lora_entries
+from sdxl_worker.job.lora_entries import REFERENCE_KEYS, finite, parse_lora_entries
 from sdxl_worker.request import GenerationRequest
 from sdxl_worker.schedulers import scheduler_names
 

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 
 from bench.report import machine, table, write_result
 from sdxl_worker import tiny
-from sdxl_worker.lora_engine import LoraEngine
+from sdxl_worker.lora.engine import LoraEngine
 from sdxl_worker.request import LoraScale
 
 RANK, ALPHA, SCALE = 32, 16.0, 0.7

@@ -31,8 +31,8 @@ import handler
 from bench.report import machine, table, write_result
 from schemas import validate_request
 from sdxl_worker import tiny
-from sdxl_worker.images import PNG_LEVEL
-from sdxl_worker.resident import Resident
+from sdxl_worker.job.images import PNG_LEVEL
+from sdxl_worker.job.resident import Resident
 from sdxl_worker.schedulers import make_scheduler
 from sdxl_worker.settings import Settings
 from tests.integration.queue_server import QueueServer
@@ -66,7 +66,7 @@ def request_overhead(repeats: int, side: int, steps: int) -> dict[str, Any]:
     fields = {"prompt": "a lighthouse", "width": side, "height": side, "num_inference_steps": steps, "seed": 1}
     request = validate_request(fields)
     lines = JobLines()
-    jobs_logger = logging.getLogger("sdxl_worker.jobs")
+    jobs_logger = logging.getLogger("sdxl_worker.job.jobs")
     jobs_logger.setLevel(logging.INFO)
     jobs_logger.addHandler(lines)
     jobs_logger.propagate = False

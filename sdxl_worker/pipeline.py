@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sdxl_worker import tiny
-from sdxl_worker.base_model import BaseModel, find_base_model, find_vae
+from sdxl_worker.download.base_model import BaseModel, find_base_model, find_vae
 from sdxl_worker.errors import GenerationError, ModelUnavailable
 from sdxl_worker.request import GenerationRequest
 from sdxl_worker.schedulers import make_scheduler

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from sdxl_worker import tiny
-from sdxl_worker.lora_engine import LoraEngine
+from sdxl_worker.lora.engine import LoraEngine
 
 torch.set_num_threads(1)
 

@@ -19,10 +19,10 @@ from PIL import Image
 import handler
 from schemas import validate_request
 from sdxl_worker.errors import RestoreFailed
-from sdxl_worker.jobs import JobRun
-from sdxl_worker.lora_engine import LoraEngine
+from sdxl_worker.job.jobs import JobRun
+from sdxl_worker.job.resident import Mode, Resident
+from sdxl_worker.lora.engine import LoraEngine
 from sdxl_worker.pipeline import render
-from sdxl_worker.resident import Mode, Resident
 from sdxl_worker.settings import Settings
 from sdxl_worker.tiny import EXAMPLE_LORA, write_example_lora
 

@@ -200,7 +200,7 @@ def test_a_single_file_that_is_no_sdxl_is_one_sentence(tmp_path: Path):
 
 @pytest.mark.parametrize("model_id", ["missing/folder/of/model", "nobody/nothing", "/nowhere/model.safetensors"])
 def test_a_missing_model_is_one_sentence(model_id: str, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("sdxl_worker.base_model.RETRY_S", 0.0)
+    monkeypatch.setattr("sdxl_worker.download.base_model.RETRY_S", 0.0)
     with pytest.raises(ModelUnavailable, match="MODEL_ID"):
         load_pipeline(_settings(tmp_path, model_id))
 

@@ -10,9 +10,15 @@ import pytest
 
 import download_weights
 import schemas
+from sdxl_worker.download.references import (
+    CachedReference,
+    CivitaiReference,
+    HubReference,
+    UrlReference,
+    parse_reference,
+)
 from sdxl_worker.errors import WorkerError
-from sdxl_worker.lora_entries import parse_lora_entries
-from sdxl_worker.references import CachedReference, CivitaiReference, HubReference, UrlReference, parse_reference
+from sdxl_worker.job.lora_entries import parse_lora_entries
 from sdxl_worker.request import GenerationRequest
 from sdxl_worker.schedulers import scheduler_names
 from sdxl_worker.settings import Settings

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from schemas import validate_request
-from sdxl_worker.lora_engine import LoraEngine
+from sdxl_worker.lora.engine import LoraEngine
 from sdxl_worker.pipeline import render
 from sdxl_worker.request import LoraScale
 from tests.integration.conftest import SMALL, Workers

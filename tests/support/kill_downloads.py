@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 import download_weights
-from sdxl_worker import lora_file
-from sdxl_worker.cache import sidecar_path
+from sdxl_worker.download.cache import sidecar_path
+from sdxl_worker.lora import file as lora_file
 
 
 def child(url: str) -> int:

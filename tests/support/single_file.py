@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from sdxl_worker.lora_keys import original_name
+from sdxl_worker.lora.keys import original_name
 
 # Applied in this order to each VAE and OpenCLIP tensor name.
 _VAE_NAMES = (

@@ -1,0 +1,147 @@
+"""LoRAs on a resident pipeline: read and match files, keep them in memory, apply and take away."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from sdxl_worker.lora.file import LoraContent, LoraFacts, read_lora
+from sdxl_worker.lora.formats import Change, map_tensors
+from sdxl_worker.lora.keys import COMPONENTS, ResidentModules
+from sdxl_worker.lora.match import Matched, match_lora
+from sdxl_worker.lora.merge import Target, WeightMerger
+from sdxl_worker.request import LoraScale
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionXLPipeline
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ParsedLora:
+    """A LoRA file in host memory, checked and matched to the resident model; `warnings` are for the answer."""
+
+    facts: LoraFacts
+    warnings: tuple[str, ...]
+    matched: Matched = field(repr=False)
+    content: LoraContent = field(repr=False)
+
+    @property
+    def size(self) -> int:
+        """Bytes of host memory."""
+        return self.content.data.numel()
+
+    def changes_on(self, device: torch.device) -> dict[Target, Change]:
+        """The changes with their tensors on `device`: one transfer of the whole file instead of one per tensor."""
+        data = self.content.data
+        if device == data.device:
+            return self.matched.changes
+        moved = data.to(device, non_blocking=True)
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.untyped_storage().data_ptr() != data.untyped_storage().data_ptr():
+                return tensor.to(device, non_blocking=True)
+            begin = tensor.data_ptr() - data.data_ptr()
+            part = moved[begin : begin + tensor.numel() * tensor.element_size()]
+            return part.view(tensor.dtype).view(tensor.shape)
+
+        return {target: map_tensors(change, move) for target, change in self.matched.changes.items()}
+
+
+@dataclass(frozen=True)
+class AppliedLora:
+    """What one LoRA did: `layers` is how many modules it changed at its scale."""
+
+    layers: int
+    warnings: tuple[str, ...] = ()
+
+
+class LoraEngine:
+    """The LoRA side of one resident pipeline. Only `read`, which touches no weight, may run beside a render."""
+
+    def __init__(self, pipeline: StableDiffusionXLPipeline, ram_cache_bytes: int):
+        """`ram_cache_bytes` bounds the parsed files kept in host memory, least recently used out first."""
+        self._modules = ResidentModules({name: getattr(pipeline, name) for name in COMPONENTS})
+        self._live = {
+            Target(component, name, parameter): tensor
+            for component, modules in self._modules.modules.items()
+            for name, module in modules.items()
+            for parameter in ("weight", "bias")
+            if (tensor := getattr(module, parameter, None)) is not None
+        }
+        self._merger = WeightMerger(self._live)
+        self._cache: OrderedDict[tuple[int, ...], ParsedLora] = OrderedDict()
+        self._cache_bytes = ram_cache_bytes
+        self._cache_lock = threading.Lock()
+        self._device = pipeline.device
+
+    def read(self, path: Path) -> ParsedLora:
+        """The file at `path`, from memory when this very file was read before (a stat, no disk read, no parsing).
+
+        Raises LoraFileError: NotALora, BadLoraFile, or LoraIncompatible when it does not fit the resident model.
+        The pipeline is not touched.
+        """
+        state = os.stat(path)
+        key = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
+        with self._cache_lock:
+            parsed = self._cache.get(key)
+        if parsed is None:
+            content = read_lora(path, pinned=self._device.type == "cuda")
+            matched = match_lora(content, self._modules)
+            parsed = ParsedLora(content.facts, matched.warnings, matched, content)
+        self._remember(key, parsed)
+        return parsed
+
+    def apply(self, loras: Sequence[tuple[ParsedLora, LoraScale]]) -> list[AppliedLora]:
+        """Merge the LoRAs, all from the pristine weights, replacing whatever was merged; one AppliedLora each.
+
+        On an exception the weights are put back before it propagates. Raises LoraFileError or RestoreFailed.
+        """
+        changes: dict[Target, list[tuple[Change, float]]] = {}
+        applied = []
+        for parsed, scale in loras:
+            modules = set()
+            for target, change in parsed.changes_on(self._device).items():
+                strength = getattr(scale, target.component)
+                if strength:
+                    changes.setdefault(target, []).append((change, strength))
+                    modules.add((target.component, target.module))
+            applied.append(AppliedLora(len(modules), parsed.warnings))
+        try:
+            self._merger.merge(changes)
+        except BaseException:
+            self._merger.restore()
+            raise
+        return applied
+
+    def restore(self) -> None:
+        """Take every LoRA away: all weights have their pristine bits again. Raises RestoreFailed."""
+        self._merger.restore()
+
+    def _remember(self, key: tuple[int, ...], parsed: ParsedLora) -> None:
+        with self._cache_lock:
+            self._cache[key] = parsed
+            self._cache.move_to_end(key)
+            total = sum(entry.size for entry in self._cache.values())
+            while self._cache and total > self._cache_bytes:
+                total -= self._cache.popitem(last=False)[1].size
+
+
+_ENGINES: weakref.WeakKeyDictionary[StableDiffusionXLPipeline, LoraEngine] = weakref.WeakKeyDictionary()
+
+
+def engine_for(pipeline: StableDiffusionXLPipeline, ram_cache_gb: float = 4.0) -> LoraEngine:
+    """The pipeline's one engine, made when first asked for; `ram_cache_gb` (LORA_RAM_CACHE_GB) counts then only."""
+    if pipeline not in _ENGINES:
+        _ENGINES[pipeline] = LoraEngine(pipeline, int(ram_cache_gb * 2**30))
+    return _ENGINES[pipeline]

@@ -1,0 +1,235 @@
+"""Apply, restore, exactness, memory, and the cache of parsed files."""
+
+from __future__ import annotations
+
+import gc
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sdxl_worker import tiny
+from sdxl_worker.errors import LoraFileError, RestoreFailed
+from sdxl_worker.lora.engine import LoraEngine, engine_for
+from sdxl_worker.lora.formats import LowRank
+from sdxl_worker.request import LoraScale
+from tests.support.lora_files import FORMATS, LINEAR, kohya, lora, picture, save, weight_hash, whole_unet
+
+
+@pytest.fixture
+def files(pipeline, tmp_path: Path) -> list[Path]:
+    """A LoRA and a LoKr for many modules of the UNet."""
+    names = ("LoRA", "LoKr")
+    return [save(tmp_path / f"{name}.safetensors", whole_unet(pipeline.unet, name)[0]) for name in names]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_restore_is_bit_exact(dtype: torch.dtype, tmp_path: Path):
+    pipeline = tiny.build_sdxl(dtype=dtype)
+    engine = LoraEngine(pipeline, 2**30)
+    before = weight_hash(pipeline)
+    for name in FORMATS:
+        parsed = engine.read(save(tmp_path / f"{name}.safetensors", whole_unet(pipeline.unet, name)[0]))
+        engine.apply([(parsed, LoraScale.uniform(0.9)), (parsed, LoraScale.uniform(-0.3))])
+        assert weight_hash(pipeline) != before, name
+        engine.restore()
+        assert weight_hash(pipeline) == before, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_sum_is_rounded_once(dtype: torch.dtype, tmp_path: Path):
+    pipeline = tiny.build_sdxl(dtype=dtype)
+    weight = pipeline.unet.get_submodule(LINEAR).weight
+    tensors, change = lora(weight)
+    expected = (weight.double() + (0.6 + 0.7 - 0.2) * change).to(dtype)
+    engine = LoraEngine(pipeline, 2**30)
+    parsed = engine.read(save(tmp_path / "a.safetensors", kohya(LINEAR, tensors)))
+    engine.apply([(parsed, LoraScale.uniform(scale)) for scale in (0.6, 0.7, -0.2)])
+    # A value on the boundary between two roundings may fall to either side; three roundings would move far more.
+    differing = (weight != expected).float().mean()
+    assert differing < 0.01
+
+
+def test_storage_stays_in_place(pipeline, engine, files):
+    addresses = {name: value.data_ptr() for name, value in pipeline.unet.named_parameters()}
+    engine.apply([(engine.read(path), LoraScale()) for path in files])
+    assert {name: value.data_ptr() for name, value in pipeline.unet.named_parameters()} == addresses
+    engine.restore()
+    assert {name: value.data_ptr() for name, value in pipeline.unet.named_parameters()} == addresses
+
+
+def test_the_same_lora_twice_adds_up(pipeline, engine, files):
+    parsed = engine.read(files[0])
+    engine.apply([(parsed, LoraScale.uniform(0.3)), (parsed, LoraScale.uniform(0.5))])
+    twice = picture(pipeline)
+    engine.apply([(parsed, LoraScale.uniform(0.8))])
+    assert np.abs(twice - picture(pipeline)).max() <= 1
+
+
+def test_scale_zero_changes_no_bit(pipeline, engine, files):
+    before = weight_hash(pipeline)
+    (applied,) = engine.apply([(engine.read(files[0]), LoraScale.uniform(0.0))])
+    assert applied.layers == 0
+    assert weight_hash(pipeline) == before
+
+
+def test_asking_again_gives_the_same_bits(pipeline, engine, files):
+    loras = [(engine.read(path), LoraScale.uniform(0.7)) for path in files]
+    engine.apply(loras)
+    first = weight_hash(pipeline)
+    engine.apply(loras)
+    assert weight_hash(pipeline) == first
+
+
+def test_a_failure_half_way_leaves_the_base_model(pipeline, engine, files, monkeypatch):
+    before, parsed = weight_hash(pipeline), engine.read(files[1])
+    calls = iter(range(100))
+    original = type(next(iter(parsed.matched.changes.values()))).change
+
+    def fail_at_tenth(self, weight):
+        if next(calls) == 10:
+            raise RuntimeError("out of memory, say")
+        return original(self, weight)
+
+    monkeypatch.setattr("sdxl_worker.lora.formats.Kronecker.change", fail_at_tenth)
+    with pytest.raises(RuntimeError, match="say"):
+        engine.apply([(engine.read(files[0]), LoraScale()), (parsed, LoraScale())])
+    assert weight_hash(pipeline) == before
+
+
+def test_a_bad_second_lora_leaves_the_base_model(pipeline, engine, files, tmp_path: Path):
+    plain, before = picture(pipeline), weight_hash(pipeline)
+    (tmp_path / "bad.safetensors").write_bytes(files[0].read_bytes()[:-9])
+    with pytest.raises(LoraFileError):
+        engine.apply([(engine.read(path), LoraScale()) for path in (files[0], tmp_path / "bad.safetensors")])
+    assert weight_hash(pipeline) == before
+    assert np.array_equal(picture(pipeline), plain)
+
+
+def test_a_failed_restore_asks_for_a_fresh_worker(pipeline, engine, files, monkeypatch):
+    engine.apply([(engine.read(files[0]), LoraScale())])
+
+    def broken(*_args, **_keywords):
+        raise RuntimeError("CUDA error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "_foreach_copy_", broken)
+        with pytest.raises(RestoreFailed) as caught:
+            engine.restore()
+    assert caught.value.as_answer()["refresh_worker"] is True
+    engine.restore()
+
+
+def test_a_hundred_alternations_leave_bits_and_memory_alone(pipeline, engine, files):
+    loras = [(engine.read(path), LoraScale.uniform(0.8)) for path in files]
+    plain, before = picture(pipeline), weight_hash(pipeline)
+    engine.apply(loras)
+    engine.restore()
+    gc.collect()
+    start = _resident_bytes()
+    for _ in range(100):
+        engine.apply(loras)
+        engine.restore()
+    gc.collect()
+    assert weight_hash(pipeline) == before
+    assert np.array_equal(picture(pipeline), plain)
+    assert _resident_bytes() - start < 8 * 2**20
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_a_repeat_reads_no_file(pipeline, files, monkeypatch):
+    engine = LoraEngine(pipeline, 2**30)
+    first = engine.read(files[0])
+    monkeypatch.setattr("sdxl_worker.lora.engine.read_lora", None)
+    assert engine.read(files[0]) is first
+
+
+def test_a_replaced_file_is_read_again(pipeline, files):
+    engine = LoraEngine(pipeline, 2**30)
+    first = engine.read(files[0])
+    os.replace(files[1], files[0])
+    second = engine.read(files[0])
+    assert (first.facts.format, second.facts.format) == ("LoRA", "LoKr")
+
+
+def test_the_least_recently_used_goes_first(pipeline, files, tmp_path: Path, monkeypatch):
+    small = save(tmp_path / "small.safetensors", kohya(LINEAR, lora(torch.zeros(32, 32))[0]))
+    probe = LoraEngine(pipeline, 2**30)
+    sizes = [probe.read(path).size for path in (*files, small)]
+    engine = LoraEngine(pipeline, sizes[0] + sizes[1] + sizes[2] - 1)
+    first = engine.read(files[0])
+    second = engine.read(files[1])
+    assert engine.read(files[0]) is first
+    engine.read(small)
+    assert engine.read(files[0]) is first
+    assert engine.read(files[1]) is not second
+
+
+def test_no_ram_cache(pipeline, files):
+    engine = LoraEngine(pipeline, 0)
+    assert engine.read(files[0]) is not engine.read(files[0])
+
+
+def test_a_pipeline_has_one_engine(pipeline):
+    assert engine_for(pipeline) is engine_for(pipeline)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_changes_on_another_device_are_the_same(name: str, pipeline, engine, tmp_path: Path, monkeypatch):
+    """One copy of the whole buffer, cut up again: on the CPU a second buffer stands in for the GPU's."""
+    parsed = engine.read(save(tmp_path / "a.safetensors", whole_unet(pipeline.unet, name)[0]))
+    copied = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *_args, **_keywords: self.clone())
+    moved = parsed.changes_on(torch.device("cuda"))
+    monkeypatch.setattr(torch.Tensor, "to", copied)
+    assert moved.keys() == parsed.matched.changes.keys()
+    for target, change in parsed.matched.changes.items():
+        weight = pipeline.unet.get_parameter(f"{target.module}.{target.parameter}")
+        assert torch.equal(moved[target].change(weight), change.change(weight))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FORMATS)
+def test_restore_is_bit_exact_on_the_gpu(name: str, tmp_path: Path):
+    pipeline = tiny.build_sdxl(dtype=torch.float16, device="cuda")
+    engine = LoraEngine(pipeline, 2**30)
+    before = {key: value.clone() for key, value in pipeline.unet.state_dict().items()}
+    host = tiny.build_sdxl(dtype=torch.float16)
+    tensors, changes = whole_unet(host.unet, name)
+    engine.apply([(engine.read(save(tmp_path / "a.safetensors", tensors)), LoraScale.uniform(0.5))])
+    for module, change in changes.items():
+        weight = host.unet.get_parameter(f"{module}.weight")
+        expected = (weight.double() + 0.5 * change).half()
+        assert torch.allclose(pipeline.unet.get_parameter(f"{module}.weight").cpu(), expected, atol=2e-3, rtol=2e-3)
+    engine.restore()
+    assert all(torch.equal(value, before[key]) for key, value in pipeline.unet.state_dict().items())
+
+
+def test_low_rank_files_take_the_fused_path(pipeline, engine, files):
+    """The format most people use must not fall back to the general sum."""
+    assert all(isinstance(change, LowRank) for change in engine.read(files[0]).matched.changes.values())
+
+
+def test_changing_loras_recompiles_nothing(files):
+    from torch._dynamo.testing import CompileCounter
+
+    pipeline = tiny.build_sdxl()
+    pipeline.set_progress_bar_config(disable=True)
+    eager = picture(pipeline)
+    counter = CompileCounter()
+    pipeline.unet = torch.compile(pipeline.unet, backend=counter)
+    engine = LoraEngine(pipeline, 2**30)
+    assert np.array_equal(picture(pipeline), eager)
+    compiled = counter.frame_count
+    assert compiled >= 1
+    for path in files:
+        engine.apply([(engine.read(path), LoraScale())])
+        assert not np.array_equal(picture(pipeline), eager)
+        engine.restore()
+    assert np.array_equal(picture(pipeline), eager)
+    assert counter.frame_count == compiled
