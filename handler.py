@@ -29,11 +29,11 @@ from sdxl_worker.job.jobs import JobRun
 from sdxl_worker.job.lora_entries import parse_lora_entries
 from sdxl_worker.job.progress import preview_jpeg
 from sdxl_worker.job.ready_lora import ReadyLora, make_ready
-from sdxl_worker.job.resident import Resident
+from sdxl_worker.job.resident import Mode, Resident
 from sdxl_worker.job.upload import bucket_is_configured
 from sdxl_worker.logs import configure_logging, current_job
 from sdxl_worker.lora.engine import AppliedLora, ParsedLora
-from sdxl_worker.pipeline import render
+from sdxl_worker.pipeline import render, unread_prompt
 from sdxl_worker.request import GenerationRequest, LoraScale, LoraSpec
 from sdxl_worker.settings import Settings
 
@@ -127,6 +127,7 @@ def _answer(raw_input: Any, run: JobRun, resident: Resident) -> dict[str, Any]:
     pairs = list(zip(ready, applied, strict=True))
     if request.loras_requested:
         answer["loras"] = [lora.as_json(done) for lora, done in pairs]
+    warnings += unread_prompt(pipeline, request)
     warnings = [*request.warnings, *warnings, *(line for lora, done in pairs for line in lora.warnings(done))]
     return {**answer, "warnings": warnings} if warnings else answer
 
@@ -219,6 +220,8 @@ def main() -> int:
         configure_logging(resident.settings.secrets)
         resident.mode = launch.mode_of(arguments)
         if launch.has_a_job(resident.mode, arguments):
+            if resident.mode is Mode.LOCAL:
+                launch.check_local_job(arguments)
             launch.get_ready(resident, _preload)
     except (ModelUnavailable, ValueError) as error:
         sys.stderr.write(f"{error}\n")

@@ -87,6 +87,18 @@ def render(
     return processor.numpy_to_pil(processor.pt_to_numpy(pixels))
 
 
+def unread_prompt(pipeline: StableDiffusionXLPipeline, request: GenerationRequest) -> list[str]:
+    """A sentence for each prompt that is longer than the text encoders read: diffusers cuts it off silently."""
+    sentences = []
+    for name in ("prompt", "negative_prompt"):
+        tokens = len(pipeline.tokenizer(getattr(request, name), verbose=False).input_ids)
+        limit = pipeline.tokenizer.model_max_length
+        if tokens > limit:
+            # Two of the places are taken by the start and the end of the text.
+            sentences.append(f"{name} has {tokens - 2} tokens; the model reads the first {limit - 2}")
+    return sentences
+
+
 def _step_callback(on_step: StepCallback) -> Callable[..., dict[str, torch.Tensor]]:
     def after_step(runner: Any, step: int, _timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         on_step(step + 1, runner.num_timesteps, tensors["latents"])

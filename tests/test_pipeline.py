@@ -12,7 +12,7 @@ from PIL import Image
 
 from sdxl_worker import tiny
 from sdxl_worker.errors import Cancelled, GenerationError, ModelUnavailable
-from sdxl_worker.pipeline import load_pipeline, render
+from sdxl_worker.pipeline import load_pipeline, render, unread_prompt
 from sdxl_worker.request import GenerationRequest
 from sdxl_worker.schedulers import SCHEDULERS, make_scheduler, scheduler_names
 from sdxl_worker.settings import Settings
@@ -69,6 +69,16 @@ def test_the_second_picture_has_the_next_seed(pipeline):
     # A batch of two takes other kernels than a batch of one, so the last bit may differ.
     assert np.abs(np.asarray(pair[1], np.int16) - np.asarray(alone, np.int16)).max() <= 1
     assert pair[0].size == (96, 64)
+
+
+def test_a_prompt_that_is_cut_off_is_named(pipeline):
+    # One token per character with the tiny tokenizer, the spaces left out.
+    assert unread_prompt(pipeline, replace(REQUEST, prompt="a" * 75)) == []
+    long = replace(REQUEST, prompt="a" * 76, negative_prompt="b " * 100)
+    assert unread_prompt(pipeline, long) == [
+        "prompt has 76 tokens; the model reads the first 75",
+        "negative_prompt has 100 tokens; the model reads the first 75",
+    ]
 
 
 def test_the_largest_seed_wraps(pipeline):

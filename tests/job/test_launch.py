@@ -8,7 +8,7 @@ import runpod.serverless as sdk
 
 import handler
 from sdxl_worker.errors import ModelUnavailable
-from sdxl_worker.job.launch import get_ready, has_a_job, help_text, mode_of, sdk_config
+from sdxl_worker.job.launch import check_local_job, get_ready, has_a_job, help_text, mode_of, sdk_config
 from sdxl_worker.job.resident import Mode, Resident
 from sdxl_worker.settings import Settings
 
@@ -44,6 +44,16 @@ def test_a_local_run_needs_a_job(tmp_path, monkeypatch):
     assert has_a_job(Mode.PRODUCTION, arguments())
     (tmp_path / "test_input.json").write_text("{}")
     assert has_a_job(Mode.LOCAL, arguments())
+
+
+@pytest.mark.parametrize("text", ["{nope", "[]", '{"prompt": "a"}', '{"input": null}', "3"])
+@pytest.mark.parametrize("from_file", [False, True])
+def test_a_bad_local_job_is_one_sentence(text, from_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "test_input.json").write_text(text)
+    name = "test_input.json" if from_file else "--test_input"
+    with pytest.raises(ValueError, match=f'^{name} (is not valid JSON|has no "input")'):
+        check_local_job(arguments(*(() if from_file else ("--test_input", text))))
 
 
 def test_help_names_every_variable_and_every_option_of_the_sdk():
