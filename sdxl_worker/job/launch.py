@@ -68,9 +68,7 @@ def check_local_job(arguments: argparse.Namespace) -> None:
     except ValueError as error:
         raise ValueError(f"{name} is not valid JSON: {error}") from None
     if not isinstance(job, dict) or job.get("input") is None:
-        raise ValueError(
-            f'{name} has no "input"; it should look like {{"input": {{"prompt": "a lighthouse"}}}}'
-        )
+        raise ValueError(f'{name} has no "input"; it should look like {{"input": {{"prompt": "a lighthouse"}}}}')
 
 
 def get_ready(resident: Resident, preload: Callable[[], None]) -> None:
