@@ -80,7 +80,7 @@ def check_lora_file(path: Path) -> LoraFacts:
     keys = _sorted_keys(header)
     alphas = {}
     for name, tensor in stream_tensors(path):
-        check_values(name, tensor)
+        _check_values(name, tensor)
         if name.endswith(".alpha"):
             alphas[name] = tensor.clone()
     return _facts(header, keys, alphas)
@@ -93,7 +93,7 @@ def read_lora(path: Path, *, pinned: bool = False) -> LoraContent:
     header, data = read_tensors(path, pinned=pinned)
     tensors = view_tensors(header, data)
     for name, tensor in tensors.items():
-        check_values(name, tensor)
+        _check_values(name, tensor)
     return LoraContent(_facts(header, keys, tensors), keys, header, data, tensors, peft_alphas(header.metadata))
 
 
@@ -105,7 +105,7 @@ def _sorted_keys(header: Header) -> FileKeys:
     return keys
 
 
-def check_values(name: str, tensor: torch.Tensor) -> None:
+def _check_values(name: str, tensor: torch.Tensor) -> None:
     """Raise BadLoraFile, naming the tensor, for NaN, infinities, and values beyond float16."""
     import torch
 

@@ -10,7 +10,7 @@ import os
 import pickle
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,15 +30,6 @@ from tests.support.download_files import lora_bytes, partials, published, settin
 from tests.support.http_server import FileServer
 
 LORA, OTHER = lora_bytes(1), lora_bytes(2)
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
-    """A server that the guard lets pass, and retries without waiting."""
-    monkeypatch.setenv("RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS", "true")
-    monkeypatch.setattr(fetch, "BACKOFF_S", 0.001)
-    with FileServer() as running:
-        yield running
 
 
 @pytest.fixture

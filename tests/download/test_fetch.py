@@ -8,7 +8,6 @@ import logging
 import threading
 import time
 import tracemalloc
-from collections.abc import Iterator
 
 import pytest
 
@@ -21,15 +20,6 @@ from tests.support import http_server as on
 from tests.support.http_server import FileServer
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
-    """A server that the guard lets pass, and retries without waiting."""
-    monkeypatch.setenv("RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS", "true")
-    monkeypatch.setattr(fetch, "BACKOFF_S", 0.001)
-    with FileServer() as running:
-        yield running
 
 
 def get(url: str, *, seconds: float = 20.0, max_bytes: int = 1 << 24, **headers: str) -> bytes:
