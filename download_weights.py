@@ -7,26 +7,25 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from sdxl_worker.download.base_model import find_base_model, find_vae
-from sdxl_worker.download.cache import prepare_folder
-from sdxl_worker.download.downloads import resolve_lora
-from sdxl_worker.download.eviction import list_cache, prune, verify
-from sdxl_worker.download.parallel import resolve_loras
-from sdxl_worker.download.references import parse_reference
-from sdxl_worker.download.report import listed_json, lora_facts, write_facts, write_json, write_list, write_table
-from sdxl_worker.download.urls import mask
+from sdxl_worker.assets.asset_file import AssetFile
+from sdxl_worker.assets.cache import prepare_folder
+from sdxl_worker.assets.eviction import list_cache, prune, verify
+from sdxl_worker.assets.report import listed_json, lora_facts, write_facts, write_json, write_list, write_table
+from sdxl_worker.assets.store import AssetStore
+from sdxl_worker.assets.urls import mask
 from sdxl_worker.errors import WorkerError
-from sdxl_worker.request import LoraFile
+from sdxl_worker.generate.base_model import find_base_model, find_vae
+from sdxl_worker.kinds import LORA
 from sdxl_worker.settings import Settings
 
 
 def get_lora_cache_path(lora_source: str) -> Path:
     """Where the cache keeps the file of this reference, whether it is there or not; no network.
 
-    Raises LoraReferenceError.
+    Raises BadReference.
     """
     settings = Settings.from_environment()
-    return settings.lora_cache_dir / parse_reference(lora_source, settings).file_name
+    return AssetStore(settings).path_of(lora_source, LORA)
 
 
 def download_lora(
@@ -34,13 +33,13 @@ def download_lora(
     on_progress: Callable[[int, int | None], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
     settings: Settings | None = None,
-) -> LoraFile:
+) -> AssetFile:
     """The checked local file for a LoRA reference, from the cache or downloaded into it.
 
     `on_progress(bytes_done, total or None)` is called at most a few times a second; `should_stop()` is asked at every
-    chunk and every wait. Raises LoraDownloadError and LoraFileError subclasses, and Cancelled.
+    chunk and every wait. Raises FetchError and AssetFileError subclasses, and Cancelled.
     """
-    return resolve_lora(lora_source, settings or Settings.from_environment(), on_progress, should_stop)
+    return AssetStore(settings or Settings.from_environment()).get(lora_source, LORA, on_progress, should_stop)
 
 
 def download_loras(
@@ -48,12 +47,12 @@ def download_loras(
     on_progress: Callable[[int, int | None], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
     settings: Settings | None = None,
-) -> list[LoraFile]:
+) -> list[AssetFile]:
     """`download_lora` for several references at once, in order; `on_progress` gets the sums.
 
     The first error is raised and stops the other downloads.
     """
-    return resolve_loras(sources, settings or Settings.from_environment(), on_progress, should_stop)
+    return AssetStore(settings or Settings.from_environment()).get_all(sources, LORA, on_progress, should_stop)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

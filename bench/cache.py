@@ -28,9 +28,9 @@ from typing import Any
 
 from bench.report import machine, table, write_result
 from download_weights import download_lora
-from sdxl_worker.download.budget import Budget
-from sdxl_worker.download.connect import Target
-from sdxl_worker.download.fetch import fetch_to
+from sdxl_worker.assets.budget import Budget
+from sdxl_worker.assets.connect import Target
+from sdxl_worker.assets.fetch import fetch_to
 from sdxl_worker.settings import Settings
 from tests.support.download_files import lora_bytes
 

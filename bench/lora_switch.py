@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 
 from bench.instruments import Clock, Memory
 from bench.report import machine, table, write_result
-from sdxl_worker import tiny
+from sdxl_worker import topology
 from sdxl_worker.lora.engine import LoraEngine
 from sdxl_worker.request import LoraScale
 
@@ -196,11 +196,11 @@ def compare(
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """All measurements, as JSON-ready numbers."""
     device = options.device
-    size = tiny.FULL if device == "cuda" else tiny.NARROW
+    size = topology.FULL if device == "cuda" else topology.NARROW
     dtype = torch.float16 if device == "cuda" else torch.float32
     # Stock loading reports every key it misses, thousands of lines of them.
     transformers.logging.set_verbosity_error()
-    pipeline = tiny.build_sdxl(size, dtype=dtype, device=device)
+    pipeline = topology.build_sdxl(size, dtype=dtype, device=device)
     pipeline.set_progress_bar_config(disable=True)
     for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
         module.eval().requires_grad_(False)

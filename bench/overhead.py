@@ -12,6 +12,7 @@ bench/results/.
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import json
 import logging
@@ -30,11 +31,11 @@ from PIL import Image
 import handler
 from bench.report import machine, table, write_result
 from schemas import validate_request
-from sdxl_worker import tiny
-from sdxl_worker.job.images import PNG_LEVEL
-from sdxl_worker.job.resident import Resident
-from sdxl_worker.schedulers import make_scheduler
+from sdxl_worker import topology
+from sdxl_worker.generate.images import PNG_LEVEL
+from sdxl_worker.generate.samplers import make_scheduler
 from sdxl_worker.settings import Settings
+from sdxl_worker.worker import Worker
 from tests.integration.queue_server import QueueServer
 from tests.integration.worker_process import WorkerProcess, worker_environment
 from tests.support.http_server import FileServer, slowly
@@ -56,17 +57,17 @@ class JobLines(logging.Handler):
 
 def request_overhead(repeats: int, side: int, steps: int) -> dict[str, Any]:
     """Seconds of whole requests and of bare calls, alternating; `ratio` is the median of the pairs' ratios."""
-    pipeline = tiny.build_sdxl(tiny.NARROW)
+    pipeline = topology.build_sdxl(topology.NARROW)
     pipeline.set_progress_bar_config(disable=True)
     for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
         module.eval().requires_grad_(False)
-    resident = Resident(Settings(model_id="tiny"))
+    resident = Worker(Settings(model_id="tiny"))
     resident._pipeline = pipeline
-    handler._resident = lambda: resident  # type: ignore[assignment]  # the narrow model has no MODEL_ID
+    handler._worker = functools.cache(lambda: resident)  # the narrow model has no MODEL_ID
     fields = {"prompt": "a lighthouse", "width": side, "height": side, "num_inference_steps": steps, "seed": 1}
     request = validate_request(fields)
     lines = JobLines()
-    jobs_logger = logging.getLogger("sdxl_worker.job.jobs")
+    jobs_logger = logging.getLogger("sdxl_worker.serving.jobs")
     jobs_logger.setLevel(logging.INFO)
     jobs_logger.addHandler(lines)
     jobs_logger.propagate = False
@@ -151,7 +152,7 @@ def _photograph_like(side: int) -> Image.Image:
 
 def pipelining(jobs: int, concurrency: int, folder: Path) -> float:
     """Jobs per minute of one worker when every job names a LoRA that has to be downloaded from a slow server."""
-    content = tiny.write_example_lora(folder / "source").read_bytes()
+    content = topology.write_example_lora(folder / "source").read_bytes()
     fields = {"prompt": "a", "width": 256, "height": 256, "num_inference_steps": 20, "seed": 1}
     cache = folder / f"cache-{concurrency}"
     with QueueServer() as queue, FileServer() as files:

@@ -2,20 +2,20 @@
 
 WorkerError
 ├── InvalidRequest        the JSON is wrong: the caller fixes it
-├── LoraDownloadError     a LoRA reference did not become a local file
-│   ├── LoraReferenceError    not a reference form we know, or one we refuse
-│   ├── LoraNotFound          nothing there
-│   ├── LoraAmbiguous         several candidates, the caller must choose
-│   ├── LoraAuthError         the host wants a token
+├── FetchError            a reference did not become a local file
+│   ├── BadReference          not a reference form we know, or one we refuse
+│   ├── NotFound              nothing there
+│   ├── Ambiguous             several candidates, the caller must choose
+│   ├── AccessDenied          the host wants a token
 │   ├── BlockedAddress        not a public address
 │   ├── FetchFailed           the host answered wrongly or not at all
 │   ├── FetchTimeout          the deadline of the whole download passed
 │   ├── FetchIncomplete       the body ended early, on every try
-│   ├── TooLarge              over LORA_MAX_MB
+│   ├── TooLarge              over the size limit of its kind
 │   └── CacheWriteError       worker's side: the cache folder cannot be written
-├── LoraFileError         a local file is not a LoRA this worker can apply
-│   ├── NotALora              another kind of file (an HTML page, a checkpoint, ...)
-│   ├── BadLoraFile           broken, hostile, or holds NaN
+├── AssetFileError        a local file is not what its kind has to be
+│   ├── WrongFile             another kind of file (an HTML page, a checkpoint, ...)
+│   ├── BadFile               broken, hostile, or holds NaN
 │   └── LoraIncompatible      made for another base model, or does not fit the modules
 ├── GenerationError       rendering failed
 │   ├── OutOfMemory           worker's side: the picture does not fit the GPU
@@ -25,6 +25,9 @@ WorkerError
 ├── UploadError           worker's side: the bucket refused the pictures
 ├── ResponseTooLarge      the answer does not fit the platform's limit
 └── ModelUnavailable      worker's side: the base model cannot be loaded
+
+The codes of FetchError and AssetFileError depend on the kind of file: `assets.kind.Kind.codes` has those that differ
+from the class's own (NOT_FOUND is LORA_NOT_FOUND for a LoRA), and AssetStore sets them on the way out.
 """
 
 from typing import ClassVar
@@ -37,7 +40,7 @@ class WorkerError(Exception):
     can no longer be trusted.
     """
 
-    code: ClassVar[str] = "INTERNAL"
+    code: str = "INTERNAL"
     caller_at_fault: ClassVar[bool] = False
     refresh_worker: ClassVar[bool] = False
 
@@ -56,94 +59,94 @@ class InvalidRequest(WorkerError):
     caller_at_fault = True
 
 
-class LoraDownloadError(WorkerError):
-    """A LoRA reference did not become a verified local file."""
+class FetchError(WorkerError):
+    """A reference did not become a verified local file."""
 
-    code = "LORA_DOWNLOAD"
+    code = "FETCH"
     caller_at_fault = True
 
 
-class LoraReferenceError(LoraDownloadError):
+class BadReference(FetchError):
     """The reference has no known form, or names something the worker never opens."""
 
-    code = "LORA_REFERENCE"
+    code = "REFERENCE"
 
 
-class LoraNotFound(LoraDownloadError):
+class NotFound(FetchError):
     """The host, the repo or the cache has no such file."""
 
-    code = "LORA_NOT_FOUND"
+    code = "NOT_FOUND"
 
 
-class LoraAmbiguous(LoraDownloadError):
+class Ambiguous(FetchError):
     """The repo holds several weight files; the sentence lists them."""
 
-    code = "LORA_AMBIGUOUS"
+    code = "AMBIGUOUS"
 
 
-class LoraAuthError(LoraDownloadError):
+class AccessDenied(FetchError):
     """The host wants a token that is missing or not enough; the sentence names the variable to set."""
 
-    code = "LORA_AUTH"
+    code = "AUTH"
 
 
-class BlockedAddress(LoraDownloadError):
+class BlockedAddress(FetchError):
     """The URL, or a redirect of it, leads to an address that is not public."""
 
     code = "BLOCKED_ADDRESS"
 
 
-class FetchFailed(LoraDownloadError):
+class FetchFailed(FetchError):
     """The host could not be reached or kept answering with errors."""
 
     code = "FETCH_FAILED"
 
 
-class FetchTimeout(LoraDownloadError):
+class FetchTimeout(FetchError):
     """The whole download did not end within DOWNLOAD_TIMEOUT."""
 
     code = "FETCH_TIMEOUT"
 
 
-class FetchIncomplete(LoraDownloadError):
+class FetchIncomplete(FetchError):
     """The body ended before its announced length, on every try."""
 
     code = "FETCH_INCOMPLETE"
 
 
-class TooLarge(LoraDownloadError):
+class TooLarge(FetchError):
     """The file is larger than LORA_MAX_MB."""
 
     code = "TOO_LARGE"
 
 
-class CacheWriteError(LoraDownloadError):
+class CacheWriteError(FetchError):
     """Neither the cache folder nor local temporary space could take the file."""
 
     code = "CACHE_WRITE"
     caller_at_fault = False
 
 
-class LoraFileError(WorkerError):
-    """A local file is not a LoRA that this worker can apply."""
+class AssetFileError(WorkerError):
+    """A local file is not what its kind has to be."""
 
-    code = "LORA_FILE"
+    code = "FILE"
     caller_at_fault = True
 
 
-class NotALora(LoraFileError):
+class WrongFile(AssetFileError):
     """The file is of another kind: an HTML page, a whole checkpoint, a text file."""
 
-    code = "NOT_A_LORA"
+    code = "WRONG_FILE"
 
 
-class BadLoraFile(LoraFileError):
+class BadFile(AssetFileError):
     """The file is truncated, malformed, hostile, or holds values that are not finite."""
 
     code = "BAD_FILE"
 
 
-class LoraIncompatible(LoraFileError):
+class LoraIncompatible(AssetFileError):
     """The LoRA is for another base model, or its tensors do not fit the resident modules."""
 
     code = "LORA_INCOMPATIBLE"

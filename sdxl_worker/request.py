@@ -1,7 +1,6 @@
 """Frozen values that travel through one request: what was asked for, and what it was resolved to."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -36,22 +35,6 @@ class LoraSpec:
     reference: str
     scale: LoraScale = field(default_factory=LoraScale)
     index: int = 0
-
-
-@dataclass(frozen=True)
-class LoraFile:
-    """A LoRA reference resolved to a checked local .safetensors file.
-
-    `name` is safe to show (the cache file name); `reference` is masked (no query, no token); `cached` is False when
-    the file had to be downloaded for this request.
-    """
-
-    path: Path
-    name: str
-    reference: str
-    sha256: str
-    size: int
-    cached: bool = True
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 import pytest
 import torch
 
-from sdxl_worker import tiny
+from sdxl_worker import topology
 from sdxl_worker.lora.engine import LoraEngine
 
 torch.set_num_threads(1)
@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def _resident():
-    pipeline = tiny.build_sdxl()
+    pipeline = topology.build_sdxl()
     pipeline.set_progress_bar_config(disable=True)
     for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
         getattr(pipeline, name).eval().requires_grad_(False)

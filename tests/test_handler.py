@@ -17,27 +17,28 @@ import torch
 from PIL import Image
 
 import handler
-from schemas import validate_request
 from sdxl_worker.errors import RestoreFailed
-from sdxl_worker.job.jobs import JobRun
-from sdxl_worker.job.resident import Mode, Resident
+from sdxl_worker.generate.render import render
 from sdxl_worker.lora.engine import LoraEngine
-from sdxl_worker.pipeline import render
+from sdxl_worker.serving.jobs import JobRun
+from sdxl_worker.serving.mode import Mode
 from sdxl_worker.settings import Settings
-from sdxl_worker.tiny import EXAMPLE_LORA, write_example_lora
+from sdxl_worker.topology import EXAMPLE_LORA, write_example_lora
+from sdxl_worker.validation import validate_request
+from sdxl_worker.worker import Worker
 
 SMALL = {"prompt": "a lighthouse", "width": 64, "height": 64, "num_inference_steps": 2, "seed": 5}
 WITH_LORA = {**SMALL, "loras": [{"path": "tiny-example", "scale": 0.8}]}
 
 
 @pytest.fixture
-def resident(pipeline, engine: LoraEngine, tmp_path, monkeypatch) -> Resident:
+def resident(pipeline, engine: LoraEngine, tmp_path, monkeypatch) -> Worker:
     """The handler's resident: the session's pipeline, and a cache folder with the example LoRA."""
-    resident = Resident(Settings(model_id="tiny", lora_cache_dir=tmp_path / "loras"))
+    resident = Worker(Settings(model_id="tiny", lora_cache_dir=tmp_path / "loras"))
     write_example_lora(resident.settings.lora_cache_dir)
     resident._pipeline = pipeline
     monkeypatch.setattr(resident, "engine_of", lambda _: engine)
-    monkeypatch.setattr(handler, "_resident", lambda: resident)
+    monkeypatch.setattr(handler, "_worker", lambda: resident)
     monkeypatch.setattr(handler, "_sdk_config", functools.cache(dict))
     return resident
 
@@ -134,7 +135,7 @@ def test_row_40_second_lora_is_bad(resident):
     assert torch.equal(weights(resident.pipeline), before)
 
 
-def failing_at_step(resident: Resident, monkeypatch, step: int, error: BaseException) -> None:
+def failing_at_step(resident: Worker, monkeypatch, step: int, error: BaseException) -> None:
     """The UNet raises `error` in its `step`-th call."""
     calls = iter(range(1, 1000))
     forward = resident.pipeline.unet.forward

@@ -10,7 +10,8 @@ import pytest
 
 import download_weights
 import schemas
-from sdxl_worker.download.references import (
+from sdxl_worker import validation
+from sdxl_worker.assets.references import (
     CachedReference,
     CivitaiReference,
     HubReference,
@@ -18,9 +19,9 @@ from sdxl_worker.download.references import (
     parse_reference,
 )
 from sdxl_worker.errors import WorkerError
-from sdxl_worker.job.lora_entries import parse_lora_entries
+from sdxl_worker.generate.samplers import scheduler_names
+from sdxl_worker.lora.entries import parse_lora_entries
 from sdxl_worker.request import GenerationRequest
-from sdxl_worker.schedulers import scheduler_names
 from sdxl_worker.settings import Settings
 from tests.support.readme import README, ROOT, readme_table, unquoted
 
@@ -62,12 +63,12 @@ def test_request_table_names_the_types() -> None:
         name = unquoted(row["Field"])
         word, _, null = row["Type"].partition(" or ")
         assert word == words[schemas.INPUT_SCHEMA[name]["type"]], name
-        assert (schemas.FIELDS[name].check(None) is None) == (null == "null"), name
+        assert (validation.FIELDS[name].check(None) is None) == (null == "null"), name
 
 
 @pytest.mark.parametrize("row", readme_table("Request", "Field"), ids=lambda row: unquoted(row["Field"]))
 def test_ranges_of_the_request_table_are_the_accepted_ones(row: dict[str, str]) -> None:
-    check, span = schemas.FIELDS[unquoted(row["Field"])].check, row["Range"]
+    check, span = validation.FIELDS[unquoted(row["Field"])].check, row["Range"]
     for good, bad in boundaries(span):
         assert check(good) is None
         assert check(bad) is not None
@@ -131,10 +132,10 @@ def test_options_of_the_cache_commands_exist(capsys: pytest.CaptureFixture[str])
 
 def test_limits_are_those_of_the_schema() -> None:
     limits = {row["What"]: row["Limit"] for row in readme_table("Limits", "What")}
-    assert f"{schemas.MIN_SIDE} to {schemas.MAX_SIDE}" in limits["Picture"]
-    assert str(schemas.MAX_PIXEL_STEPS) in limits["Work"]
-    assert str(schemas.MAX_PROMPT_CHARACTERS) in limits["Prompts"]
-    assert limits["LoRAs"].startswith(f"{schemas.MAX_LORAS} per request")
+    assert f"{validation.MIN_SIDE} to {validation.MAX_SIDE}" in limits["Picture"]
+    assert str(validation.MAX_PIXEL_STEPS) in limits["Work"]
+    assert str(validation.MAX_PROMPT_CHARACTERS) in limits["Prompts"]
+    assert limits["LoRAs"].startswith(f"{validation.MAX_LORAS} per request")
 
 
 def test_paths_of_the_tree_table_exist() -> None:

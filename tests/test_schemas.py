@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
-import schemas
-from schemas import FIELDS, INPUT_SCHEMA, validate_request
+from sdxl_worker import validation
 from sdxl_worker.errors import InvalidRequest
 from sdxl_worker.request import LoraScale
+from sdxl_worker.validation import FIELDS, INPUT_SCHEMA, validate_request
 
 GOOD = {"prompt": "a lighthouse"}
 SURROGATE = "\ud800"
@@ -211,7 +211,7 @@ def test_the_schema_is_in_the_sdk_s_format():
         rules = INPUT_SCHEMA[name]
         assert rules["required"] is field.required
         assert field.required or rules["constraints"](rules["default"])
-    assert "errors" in schemas.validate({"prompt": "x", "loras": 3}, INPUT_SCHEMA)
+    assert "errors" in validation.validate({"prompt": "x", "loras": 3}, INPUT_SCHEMA)
 
 
 def test_validation_needs_no_torch():

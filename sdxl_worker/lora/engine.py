@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
-import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -88,7 +88,7 @@ class LoraEngine:
     def read(self, path: Path) -> ParsedLora:
         """The file at `path`, from memory when this very file was read before (a stat, no disk read, no parsing).
 
-        Raises LoraFileError: NotALora, BadLoraFile, or LoraIncompatible when it does not fit the resident model.
+        Raises AssetFileError: WrongFile, BadFile, or LoraIncompatible when it does not fit the resident model.
         The pipeline is not touched.
         """
         state = os.stat(path)
@@ -105,7 +105,7 @@ class LoraEngine:
     def apply(self, loras: Sequence[tuple[ParsedLora, LoraScale]]) -> list[AppliedLora]:
         """Merge the LoRAs, all from the pristine weights, replacing whatever was merged; one AppliedLora each.
 
-        On an exception the weights are put back before it propagates. Raises LoraFileError or RestoreFailed.
+        On an exception the weights are put back before it propagates. Raises AssetFileError or RestoreFailed.
         """
         changes: dict[Target, list[tuple[Change, float]]] = {}
         applied = []
@@ -124,6 +124,17 @@ class LoraEngine:
             raise
         return applied
 
+    @contextlib.contextmanager
+    def applied(self, loras: Sequence[tuple[ParsedLora, LoraScale]]) -> Iterator[list[AppliedLora]]:
+        """Inside, the LoRAs are merged; on the way out, whatever happens, every weight has its pristine bits again.
+
+        Raises AssetFileError before a weight is touched, RestoreFailed on the way out.
+        """
+        try:
+            yield self.apply(loras)
+        finally:
+            self.restore()
+
     def restore(self) -> None:
         """Take every LoRA away: all weights have their pristine bits again. Raises RestoreFailed."""
         self._merger.restore()
@@ -135,13 +146,3 @@ class LoraEngine:
             total = sum(entry.size for entry in self._cache.values())
             while self._cache and total > self._cache_bytes:
                 total -= self._cache.popitem(last=False)[1].size
-
-
-_ENGINES: weakref.WeakKeyDictionary[StableDiffusionXLPipeline, LoraEngine] = weakref.WeakKeyDictionary()
-
-
-def engine_for(pipeline: StableDiffusionXLPipeline, ram_cache_gb: float = 4.0) -> LoraEngine:
-    """The pipeline's one engine, made when first asked for; `ram_cache_gb` (LORA_RAM_CACHE_GB) counts then only."""
-    if pipeline not in _ENGINES:
-        _ENGINES[pipeline] = LoraEngine(pipeline, int(ram_cache_gb * 2**30))
-    return _ENGINES[pipeline]

@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdxl_worker.errors import BadLoraFile, LoraIncompatible
+from sdxl_worker.assets.safetensors_file import Header, read_header, read_tensors, stream_tensors, view_tensors
+from sdxl_worker.errors import BadFile, LoraIncompatible
 from sdxl_worker.lora.base_models import UNKNOWN, detect_base_model
 from sdxl_worker.lora.keys import FileKeys, sort_keys
 from sdxl_worker.lora.metadata import clean_text, describe, peft_alphas
-from sdxl_worker.lora.safetensors_file import Header, read_header, read_tensors, stream_tensors, view_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -74,7 +74,7 @@ class LoraContent:
 def check_lora_file(path: Path) -> LoraFacts:
     """All that can be checked without the base model: header, names, and that every value is a sane number.
 
-    Raises BadLoraFile (broken or hostile), NotALora (another kind of file) or LoraIncompatible (no LoRA tensors).
+    Raises BadFile (broken or hostile), WrongFile (another kind of file) or LoraIncompatible (no LoRA tensors).
     """
     header = read_header(path)
     keys = _sorted_keys(header)
@@ -106,7 +106,7 @@ def _sorted_keys(header: Header) -> FileKeys:
 
 
 def _check_values(name: str, tensor: torch.Tensor) -> None:
-    """Raise BadLoraFile, naming the tensor, for NaN, infinities, and values beyond float16."""
+    """Raise BadFile, naming the tensor, for NaN, infinities, and values beyond float16."""
     import torch
 
     if tensor.numel() == 0:
@@ -115,7 +115,7 @@ def _check_values(name: str, tensor: torch.Tensor) -> None:
     low, high = torch.aminmax(tensor if tensor.element_size() > 1 else tensor.float())
     # A comparison with NaN is false, so this one test finds it as well.
     if not (float(low) >= -MAX_VALUE and float(high) <= MAX_VALUE):
-        raise BadLoraFile(f"the tensor {clean_text(name)} holds values that are not finite or far too large")
+        raise BadFile(f"the tensor {clean_text(name)} holds values that are not finite or far too large")
 
 
 def _facts(header: Header, keys: FileKeys, tensors: Mapping[str, torch.Tensor]) -> LoraFacts:

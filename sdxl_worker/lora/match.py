@@ -114,9 +114,9 @@ def _is_sdxl_module(written: str) -> bool:
 @cache
 def _sdxl_modules() -> ResidentModules:
     """The module names of SDXL base 1.0, from its structure alone (meta tensors, no memory)."""
-    from sdxl_worker import tiny
+    from sdxl_worker import topology
 
-    return ResidentModules(tiny.structure(tiny.FULL))
+    return ResidentModules(topology.structure(topology.FULL))
 
 
 def _build(places: list[Place], tensors: Mapping[str, Tensor]) -> dict[Target, Change]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sdxl_worker.tiny import EXAMPLE_LORA, write_example_lora
+from sdxl_worker.topology import EXAMPLE_LORA, write_example_lora
 from tests.integration.queue_server import QueueServer
 from tests.integration.worker_process import WorkerProcess, worker_environment
 from tests.support.http_server import FileServer, status, whole

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from schemas import validate_request
+from sdxl_worker.generate.render import render
 from sdxl_worker.lora.engine import LoraEngine
-from sdxl_worker.pipeline import render
 from sdxl_worker.request import LoraScale
+from sdxl_worker.validation import validate_request
 from tests.integration.conftest import SMALL, Workers
 from tests.integration.queue_server import QueueServer
 from tests.integration.worker_process import WorkerProcess

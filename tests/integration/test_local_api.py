@@ -16,8 +16,8 @@ import requests
 import torch
 from PIL import Image
 
-from sdxl_worker import tiny
-from sdxl_worker.schedulers import make_scheduler
+from sdxl_worker import topology
+from sdxl_worker.generate.samplers import make_scheduler
 from tests.integration.worker_process import WorkerProcess, worker_environment
 from tests.support.http_server import FileServer, whole
 from tests.support.lora_files import kohya, lora, save, whole_unet
@@ -63,7 +63,7 @@ class Api:
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
     """python handler.py --rp_serve_api, on a model folder made here."""
     folder = tmp_path_factory.mktemp("api")
-    pipeline = tiny.build_sdxl(seed=42)
+    pipeline = topology.build_sdxl(seed=42)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.save_pretrained(folder / "model")
     with socket.socket() as probe:

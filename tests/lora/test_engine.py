@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from sdxl_worker import tiny
-from sdxl_worker.errors import LoraFileError, RestoreFailed
-from sdxl_worker.lora.engine import LoraEngine, engine_for
+from sdxl_worker import topology
+from sdxl_worker.errors import AssetFileError, RestoreFailed
+from sdxl_worker.lora.engine import LoraEngine
 from sdxl_worker.lora.formats import LowRank
 from sdxl_worker.request import LoraScale
 from tests.support.lora_files import FORMATS, LINEAR, kohya, lora, picture, save, weight_hash, whole_unet
@@ -27,7 +27,7 @@ def files(pipeline, tmp_path: Path) -> list[Path]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_restore_is_bit_exact(dtype: torch.dtype, tmp_path: Path):
-    pipeline = tiny.build_sdxl(dtype=dtype)
+    pipeline = topology.build_sdxl(dtype=dtype)
     engine = LoraEngine(pipeline, 2**30)
     before = weight_hash(pipeline)
     for name in FORMATS:
@@ -40,7 +40,7 @@ def test_restore_is_bit_exact(dtype: torch.dtype, tmp_path: Path):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_sum_is_rounded_once(dtype: torch.dtype, tmp_path: Path):
-    pipeline = tiny.build_sdxl(dtype=dtype)
+    pipeline = topology.build_sdxl(dtype=dtype)
     weight = pipeline.unet.get_submodule(LINEAR).weight
     tensors, change = lora(weight)
     expected = (weight.double() + (0.6 + 0.7 - 0.2) * change).to(dtype)
@@ -102,7 +102,7 @@ def test_a_failure_half_way_leaves_the_base_model(pipeline, engine, files, monke
 def test_a_bad_second_lora_leaves_the_base_model(pipeline, engine, files, tmp_path: Path):
     plain, before = picture(pipeline), weight_hash(pipeline)
     (tmp_path / "bad.safetensors").write_bytes(files[0].read_bytes()[:-9])
-    with pytest.raises(LoraFileError):
+    with pytest.raises(AssetFileError):
         engine.apply([(engine.read(path), LoraScale()) for path in (files[0], tmp_path / "bad.safetensors")])
     assert weight_hash(pipeline) == before
     assert np.array_equal(picture(pipeline), plain)
@@ -175,10 +175,6 @@ def test_no_ram_cache(pipeline, files):
     assert engine.read(files[0]) is not engine.read(files[0])
 
 
-def test_a_pipeline_has_one_engine(pipeline):
-    assert engine_for(pipeline) is engine_for(pipeline)
-
-
 @pytest.mark.parametrize("name", FORMATS)
 def test_changes_on_another_device_are_the_same(name: str, pipeline, engine, tmp_path: Path, monkeypatch):
     """One copy of the whole buffer, cut up again: on the CPU a second buffer stands in for the GPU's."""
@@ -196,10 +192,10 @@ def test_changes_on_another_device_are_the_same(name: str, pipeline, engine, tmp
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", FORMATS)
 def test_restore_is_bit_exact_on_the_gpu(name: str, tmp_path: Path):
-    pipeline = tiny.build_sdxl(dtype=torch.float16, device="cuda")
+    pipeline = topology.build_sdxl(dtype=torch.float16, device="cuda")
     engine = LoraEngine(pipeline, 2**30)
     before = {key: value.clone() for key, value in pipeline.unet.state_dict().items()}
-    host = tiny.build_sdxl(dtype=torch.float16)
+    host = topology.build_sdxl(dtype=torch.float16)
     tensors, changes = whole_unet(host.unet, name)
     engine.apply([(engine.read(save(tmp_path / "a.safetensors", tensors)), LoraScale.uniform(0.5))])
     for module, change in changes.items():
@@ -218,7 +214,7 @@ def test_low_rank_files_take_the_fused_path(pipeline, engine, files):
 def test_changing_loras_recompiles_nothing(files):
     from torch._dynamo.testing import CompileCounter
 
-    pipeline = tiny.build_sdxl()
+    pipeline = topology.build_sdxl()
     pipeline.set_progress_bar_config(disable=True)
     eager = picture(pipeline)
     counter = CompileCounter()

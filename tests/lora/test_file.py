@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdxl_worker.errors import BadLoraFile, LoraIncompatible
+from sdxl_worker.errors import BadFile, LoraIncompatible
 from sdxl_worker.lora.file import check_lora_file
 from tests.support.lora_files import CONV, FORMATS, LINEAR, kohya, lora, save, whole_unet
 
@@ -20,7 +20,7 @@ WEIGHT = torch.zeros(8, 6)
 def test_values_that_give_black_pictures_are_refused(value: float, suffix: str, tmp_path: Path):
     tensors, _ = lora(WEIGHT)
     tensors[suffix].view(-1)[-1] = value
-    with pytest.raises(BadLoraFile, match="not finite or far too large"):
+    with pytest.raises(BadFile, match="not finite or far too large"):
         check_lora_file(save(tmp_path / "a.safetensors", kohya(LINEAR, tensors)))
 
 
@@ -29,7 +29,7 @@ def test_small_float_types_are_checked(dtype: torch.dtype, tmp_path: Path):
     tensors = {name: tensor.to(dtype) for name, tensor in lora(WEIGHT)[0].items()}
     assert check_lora_file(save(tmp_path / "good.safetensors", kohya(LINEAR, tensors))).rank == 4
     tensors["lora_up.weight"] = torch.full((8, 4), float("nan")).to(dtype)
-    with pytest.raises(BadLoraFile):
+    with pytest.raises(BadFile):
         check_lora_file(save(tmp_path / "bad.safetensors", kohya(LINEAR, tensors)))
 
 

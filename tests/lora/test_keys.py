@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sdxl_worker import tiny
+from sdxl_worker import topology
 from sdxl_worker.lora.keys import original_name, sort_keys, split_key, split_module
 from sdxl_worker.request import LoraScale
 from tests.support.lora_files import picture, save
@@ -49,7 +49,7 @@ def test_original_names_agree_with_diffusers_converter():
     """diffusers converts SDXL checkpoints to its own names: each of ours must come back as its module."""
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
-    unet = tiny.structure(tiny.FULL)["unet"]
+    unet = topology.structure(topology.FULL)["unet"]
     parameters = [name.rpartition(".") for name, _ in unet.named_parameters()]
     checkpoint = {
         f"model.diffusion_model.{original_name(module)}.{end}": (module, end) for module, _, end in parameters
@@ -61,7 +61,7 @@ def test_original_names_agree_with_diffusers_converter():
 def test_every_lora_layer_of_sdxl_is_found():
     from sdxl_worker.lora.keys import ResidentModules
 
-    resident = ResidentModules(tiny.structure(tiny.FULL))
+    resident = ResidentModules(topology.structure(topology.FULL))
     names = [name for name in resident.modules["unet"] if re.search(r"attn\d|ff\.net|proj_(in|out)$", name)]
     assert len(names) == 722
     for name in names:

@@ -95,11 +95,11 @@ def test_a_misfitting_tensor_is_named(suffix: str, engine, pipeline, good, tmp_p
 
 @pytest.mark.parametrize("name", ["LoHa", "LoKr", "OFT", "GLoRA", "DoRA", "full difference"])
 def test_a_file_for_wider_modules_is_refused(name: str, engine, pipeline, tmp_path: Path):
-    from sdxl_worker import tiny
+    from sdxl_worker import topology
 
-    wide = tiny.SdxlSize(**{**vars(tiny.TINY), "unet_channels": (32, 64, 64)})
+    wide = topology.SdxlSize(**{**vars(topology.TINY), "unet_channels": (32, 64, 64)})
     with torch.random.fork_rng():
-        unet = tiny.build_sdxl(wide).unet
+        unet = topology.build_sdxl(wide).unet
     path = save(tmp_path / "a.safetensors", whole_unet(unet, name)[0])
     _refused(engine, pipeline, path, "do not fit the resident weight of shape")
 

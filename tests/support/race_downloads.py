@@ -10,7 +10,7 @@ import json
 import sys
 
 import download_weights
-from sdxl_worker.download import locks
+from sdxl_worker.assets import locks
 
 
 def main(url: str, *options: str) -> None:

@@ -1,0 +1,1 @@
+"""A reference to a checked local file: sources, fetching, the cache shared by all workers."""

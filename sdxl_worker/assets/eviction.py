@@ -1,0 +1,104 @@
+"""Keep the cache below LORA_CACHE_MAX_GB, and tell an operator what is in it."""
+
+import contextlib
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from sdxl_worker.assets.cache import QUARANTINE, Sidecar, is_held, quarantine, read_sidecar, sidecar_path
+from sdxl_worker.assets.inspection import file_sha256
+from sdxl_worker.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+# A file used this recently, by whatever worker, may be about to be read: the cache rather stands above its limit.
+GRACE_S = 60.0
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One cached file; `used_at` in seconds since 1970, `sidecar` None for a file nobody has asked for yet."""
+
+    path: Path
+    size: int
+    used_at: float
+    sidecar: Sidecar | None
+
+    @property
+    def by_hand(self) -> bool:
+        return self.sidecar is None or self.sidecar.by_hand
+
+
+def list_cache(folder: Path) -> list[Listed]:
+    """Every LoRA file in the cache, the most recently used first; a file that vanishes meanwhile is left out."""
+    found = []
+    for path in folder.glob("*"):
+        if path.suffix not in (".safetensors", ".pt", ".bin"):
+            continue
+        with contextlib.suppress(OSError):
+            stat = path.stat()
+            read = read_sidecar(path)
+            sidecar, used_at = read if read is not None else (None, stat.st_mtime)
+            found.append(Listed(path, stat.st_size, used_at, sidecar))
+    return sorted(found, key=lambda item: item.used_at, reverse=True)
+
+
+def evict(settings: Settings) -> list[Path]:
+    """Keep the cache folder below LORA_CACHE_MAX_GB (0 = no limit); gives what was removed."""
+    limit = settings.lora_cache_max_gb * 1e9
+    return evict_down_to(settings.lora_cache_dir, limit) if limit > 0 else []
+
+
+def evict_down_to(folder: Path, limit: float) -> list[Path]:
+    """Remove least recently used files until `folder` holds at most `limit` bytes.
+
+    What a job of this worker holds, and what anyone used within GRACE_S, stays. Files put there by hand are neither
+    removed nor counted. Other workers may do the same at the same time: a file that is gone already is no error.
+    """
+    own = [item for item in list_cache(folder) if not item.by_hand]
+    total, removed = sum(item.size for item in own), []
+    for item in reversed(own):
+        if total <= limit:
+            break
+        if is_held(item.path) or time.time() - _last_use(item) < GRACE_S:
+            continue
+        with contextlib.suppress(OSError):
+            item.path.unlink(missing_ok=True)
+            sidecar_path(item.path).unlink(missing_ok=True)
+            logger.info("evicted %s (%.0f MB)", item.path.name, item.size / 1e6)
+            removed.append(item.path)
+            total -= item.size
+    return removed
+
+
+def _last_use(item: Listed) -> float:
+    """Asked again right before the removal: another worker may have used the file since the listing."""
+    read = read_sidecar(item.path)
+    return read[1] if read is not None else item.used_at
+
+
+def prune(settings: Settings) -> list[Path]:
+    """Evict down to the limit and empty the quarantine."""
+    removed = evict(settings)
+    with contextlib.suppress(OSError):
+        for path in (settings.lora_cache_dir / QUARANTINE).iterdir():
+            path.unlink(missing_ok=True)
+            removed.append(path)
+    return removed
+
+
+def verify(folder: Path) -> list[tuple[Listed, str]]:
+    """Compare every file with its recorded sha256: (file, "ok" | "unchecked" | "quarantined" | "changed")."""
+    return [(item, _verdict(item)) for item in list_cache(folder)]
+
+
+def _verdict(item: Listed) -> str:
+    if item.sidecar is None:
+        return "unchecked"
+    if file_sha256(item.path) == item.sidecar.sha256:
+        return "ok"
+    if item.by_hand:
+        return "changed"
+    quarantine(item.path)
+    return "quarantined"

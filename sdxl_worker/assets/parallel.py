@@ -1,0 +1,100 @@
+"""Several LoRA references at once: one request's, or those made ready before the first job."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+
+from sdxl_worker.assets.asset_file import AssetFile
+from sdxl_worker.assets.fetch import PROGRESS_INTERVAL_S, Progress
+from sdxl_worker.assets.store import resolve_lora
+from sdxl_worker.errors import WorkerError
+from sdxl_worker.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+MAX_PARALLEL = 4
+
+
+class _Sum:
+    """Adds up the progress of several downloads; the total is None until every download that runs knows its own."""
+
+    def __init__(self, on_progress: Progress | None) -> None:
+        self._on_progress = on_progress
+        self._parts: dict[int, tuple[int, int | None]] = {}
+        self._lock = threading.Lock()
+        self._told_at = 0.0
+
+    def part(self, index: int) -> Progress | None:
+        if self._on_progress is None:
+            return None
+        return lambda done, total: self._tell(index, done, total)
+
+    def _tell(self, index: int, done: int, total: int | None) -> None:
+        with self._lock:
+            self._parts[index] = (done, total)
+            now = time.monotonic()
+            if self._on_progress is None or (done != total and now - self._told_at < PROGRESS_INTERVAL_S):
+                return
+            self._told_at = now
+            totals = [part[1] for part in self._parts.values()]
+            known = [total for total in totals if total is not None]
+            whole = sum(known) if len(known) == len(totals) else None
+            self._on_progress(sum(part[0] for part in self._parts.values()), whole)
+
+
+def resolve_loras(
+    sources: Sequence[str],
+    settings: Settings,
+    on_progress: Progress | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> list[AssetFile]:
+    """One AssetFile per source, in order, fetched at most MAX_PARALLEL at a time and equal references once.
+
+    `on_progress` gets the sums over all downloads, from one thread at a time. The first error wins and stops the rest.
+    """
+    unique = list(dict.fromkeys(sources))
+    failed = threading.Event()
+    progress = _Sum(on_progress)
+
+    def stopped() -> bool:
+        return failed.is_set() or (should_stop is not None and should_stop())
+
+    def resolve(index: int) -> AssetFile:
+        return resolve_lora(unique[index], settings, progress.part(index), stopped)
+
+    if len(unique) == 1:
+        resolved = {unique[0]: resolve(0)}
+    else:
+        with ThreadPoolExecutor(MAX_PARALLEL, thread_name_prefix="lora") as pool:
+            futures = [pool.submit(resolve, index) for index in range(len(unique))]
+            _raise_first(futures, failed)
+            resolved = dict(zip(unique, (future.result() for future in futures), strict=True))
+    return [resolved[source] for source in sources]
+
+
+def _raise_first(futures: list[Future[AssetFile]], failed: threading.Event) -> None:
+    for future in as_completed(futures):
+        if (error := future.exception()) is not None:
+            failed.set()
+            raise error
+
+
+def preload(settings: Settings) -> list[AssetFile]:
+    """Make every LORA_PRELOAD reference ready; one that fails is logged and left out, and the worker starts anyway."""
+    references = [text.strip() for text in settings.lora_preload.split(",") if text.strip()]
+
+    def resolve(reference: str) -> AssetFile | None:
+        try:
+            return resolve_lora(reference, settings)
+        except WorkerError as error:
+            logger.error("LORA_PRELOAD: %s: %s", error.code, error)
+        except Exception:
+            logger.exception("LORA_PRELOAD: one reference failed")
+        return None
+
+    if not references:
+        return []
+    with ThreadPoolExecutor(MAX_PARALLEL, thread_name_prefix="preload") as pool:
+        return [file for file in pool.map(resolve, references) if file is not None]

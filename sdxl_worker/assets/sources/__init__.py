@@ -1,0 +1,1 @@
+"""Where a reference leads: one file for each kind of source."""

@@ -1,0 +1,148 @@
+"""Find a LoRA file in a Hugging Face repo: huggingface_hub answers what and where, the worker's own fetch gets it.
+
+hf_hub_download() can neither be stopped, nor bounded in size and time, nor kept from a second copy of the file; its
+metadata call (with HF_TOKEN, HF_ENDPOINT and the Hub's redirects) and our fetch can.
+"""
+
+import logging
+import re
+from collections.abc import Callable
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from sdxl_worker.assets.budget import Budget, run_within
+from sdxl_worker.assets.connect import Target
+from sdxl_worker.assets.located import Located
+from sdxl_worker.assets.references import WEIGHT_SUFFIXES, HubReference
+from sdxl_worker.errors import AccessDenied, Ambiguous, FetchError, FetchFailed, NotFound
+from sdxl_worker.settings import Settings
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_FILE = "pytorch_lora_weights.safetensors"
+PEFT_STEM, PEFT_CONFIG = "adapter_model", "adapter_config.json"
+METADATA_TIMEOUT_S = 10.0
+ATTEMPTS = 3
+RETRY_S = 0.5
+SHOWN_CANDIDATES = 10
+AUTH_HINT = "set HF_TOKEN to a token that may read it"
+
+
+def locate(reference: HubReference, settings: Settings, budget: Budget) -> Located:
+    """The file's address, commit-independent identity (its ETag) and sha256; raises FetchError subclasses."""
+    from huggingface_hub import HfApi, get_hf_file_metadata, get_token, hf_hub_url
+
+    endpoint = settings.hf_endpoint.rstrip("/")
+    token = settings.hf_token or get_token() or False
+    path = reference.path
+    if not reference.is_file:
+        api = HfApi(endpoint=endpoint, token=token)
+        path = choose_file(_ask(reference, budget, lambda: _list_files(api, reference)), reference)
+
+    def look_up(path: str) -> tuple[Any, Target]:
+        url = hf_hub_url(reference.repo, path, revision=reference.revision, endpoint=endpoint)
+        found: Any = _ask(
+            reference,
+            budget,
+            lambda: get_hf_file_metadata(url, token=token, timeout=METADATA_TIMEOUT_S, endpoint=endpoint),
+        )
+        # The CDN's address carries its own signature; the token stays with the Hub.
+        at_home = urlsplit(found.location).netloc == urlsplit(endpoint).netloc
+        headers = {"Authorization": f"Bearer {token}"} if token and at_home else {}
+        return found, Target(found.location, headers, trusted_origin=endpoint, auth_hint=AUTH_HINT)
+
+    found, target = look_up(path)
+    etag = found.etag or ""
+    return Located(
+        target,
+        identity=f"{path}:{etag or found.commit_hash}",
+        sha256=etag if re.fullmatch(r"[0-9a-f]{64}", etag) else "",
+        suffix=PurePosixPath(path).suffix.lower(),
+        peft_config=_peft_config(path, look_up),
+    )
+
+
+def _peft_config(path: str, look_up: Callable[[str], tuple[Any, Target]]) -> Target | None:
+    """The settings that PEFT saves beside `adapter_model.safetensors`, where the repo has them."""
+    if PurePosixPath(path).stem != PEFT_STEM:
+        return None
+    try:
+        return look_up(str(PurePosixPath(path).with_name(PEFT_CONFIG)))[1]
+    except NotFound:
+        logger.warning("%s has no %s beside it: alpha is taken to be the rank", path, PEFT_CONFIG)
+        return None
+
+
+def choose_file(files: list[str], reference: HubReference) -> str:
+    """The one LoRA among a repo's files (or a folder's): the usual name, or the only .safetensors there is.
+
+    Raises NotFound when there is none, Ambiguous with the candidates when there are several.
+    """
+    folder = f"{reference.path}/" if reference.path else ""
+    inside = [name for name in files if name.startswith(folder)]
+    if folder + DEFAULT_FILE in inside:
+        return folder + DEFAULT_FILE
+    weights = sorted(name for name in inside if name.lower().endswith(".safetensors"))
+    if len(weights) == 1:
+        return weights[0]
+    if weights:
+        raise Ambiguous(
+            f"{reference.shown} holds {len(weights)} .safetensors files; name one of them: {_listed(weights)}"
+        )
+    others = sorted(name for name in inside if name.lower().endswith(WEIGHT_SUFFIXES))
+    hint = f"; name one of its other weight files: {_listed(others)}" if others else ""
+    raise NotFound(f"{reference.shown} holds no .safetensors file{hint}")
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN_CANDIDATES} more" if len(names) > SHOWN_CANDIDATES else ""
+    return ", ".join(names[:SHOWN_CANDIDATES]) + more
+
+
+def _list_files(api: "HfApi", reference: HubReference) -> list[str]:
+    info = api.model_info(reference.repo, revision=reference.revision, timeout=METADATA_TIMEOUT_S)
+    return [file.rfilename for file in info.siblings or []]
+
+
+def _ask(reference: HubReference, budget: Budget, question: Any) -> Any:
+    """The Hub's answer, asked again when it is overloaded or out of reach."""
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return run_within(budget, question)
+        except Exception as error:
+            failure, is_final = _explain(error, reference)
+            if is_final or attempt == ATTEMPTS:
+                raise failure from error
+            logger.info("%s; trying again", failure)
+        budget.wait(RETRY_S * attempt)
+    raise AssertionError("unreachable")
+
+
+def _explain(error: Exception, reference: HubReference) -> tuple[FetchError, bool]:
+    """(our error, whether asking again is useless) for what huggingface_hub raised."""
+    from huggingface_hub import errors
+
+    name, status = reference.shown, getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, FetchError):
+        return error, True
+    if isinstance(error, errors.HFValidationError):
+        return NotFound(f"{reference.repo} is no valid repo name of the Hugging Face Hub"), True
+    if isinstance(error, errors.GatedRepoError) or status in (401, 403):
+        # The Hub answers 401 for a repo that does not exist, too, when no token is sent.
+        return AccessDenied(f"{name} does not exist, or is private or gated: {AUTH_HINT}"), True
+    if isinstance(error, errors.RevisionNotFoundError):
+        return NotFound(f"{reference.repo} has no revision {reference.revision}"), True
+    if isinstance(error, errors.EntryNotFoundError):
+        return NotFound(f"{reference.repo} has no file {reference.path} at {reference.revision}"), True
+    if isinstance(error, errors.RepositoryNotFoundError) or status in (404, 410):
+        return NotFound(f"{name} does not exist on the Hugging Face Hub"), True
+    if status is not None and status < 500 and status not in (408, 429):
+        return FetchFailed(f"the Hugging Face Hub answers with status {status} for {name}"), True
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return FetchFailed(f"HF_HUB_OFFLINE is set, so {name} cannot be looked up"), True
+    reason = f"answers with status {status}" if status is not None else "cannot be reached"
+    return FetchFailed(f"the Hugging Face Hub {reason} (for {name})"), False

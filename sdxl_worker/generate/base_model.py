@@ -1,0 +1,197 @@
+"""Find the base model and VAE on this machine, and download them when they are not there."""
+
+import logging
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, TypeVar
+
+from sdxl_worker.assets.references import CachedReference, HubReference, parse_reference
+from sdxl_worker.errors import FetchError, ModelUnavailable
+from sdxl_worker.generate.checkpoint import find_checkpoint
+from sdxl_worker.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+# RunPod's "cached models" feature puts a Hub repo here, in the Hub's own cache layout, before the worker starts.
+RUNPOD_CACHE = Path("/runpod-volume/huggingface-cache/hub")
+ATTEMPTS = 5
+RETRY_S = 2.0
+_FOLDERS = frozenset({"scheduler", "tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "unet", "vae"})
+_TEXT = (".json", ".txt", ".model")
+# The first kind of weight file that a component has is taken; other precisions, EMA copies and frameworks are not.
+_STEM, _SHARD = r"(model|diffusion_pytorch_model|pytorch_model)", r"(-\d+-of-\d+)?"
+_WEIGHT_KINDS = tuple(
+    re.compile(_STEM + _SHARD + precision + suffix)
+    for suffix in (r"\.safetensors", r"\.bin")
+    for precision in (rf"\.fp16{_SHARD}", "")
+)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """Where the base model is. `path` is None for "tiny"; `name` is safe to show; `allow_vae_override` says whether
+    VAE_ID replaces the model's own VAE."""
+
+    kind: Literal["tiny", "folder", "file"]
+    path: Path | None
+    name: str
+    allow_vae_override: bool
+
+
+def find_base_model(
+    settings: Settings, *, runpod_cache: Path = RUNPOD_CACHE, on_progress: Callable[..., None] | None = None
+) -> BaseModel:
+    """MODEL_ID as tiny, a local folder or file, a repo that is cached or gets downloaded, or a URL of one file.
+
+    Raises ModelUnavailable with one sentence that says what to set or run.
+    """
+    model_id = settings.model_id
+    chosen = settings.is_set("vae_id") and bool(settings.vae_id)
+    if model_id == "tiny":
+        return BaseModel("tiny", None, "tiny", allow_vae_override=False)
+    local = Path(model_id).expanduser()
+    if local.is_dir():
+        if not (local / "model_index.json").is_file():
+            raise ModelUnavailable(f"MODEL_ID is the folder {local.name}, which holds no model_index.json of diffusers")
+        return BaseModel("folder", local, local.name, allow_vae_override=chosen)
+    if local.is_file():
+        if local.suffix != ".safetensors":
+            raise ModelUnavailable(f"MODEL_ID is the file {local.name}, which is no .safetensors checkpoint")
+        return BaseModel("file", local, local.name, allow_vae_override=True)
+    reference = _parse(model_id, settings)
+    if isinstance(reference, HubReference) and not reference.path:
+        path = _find_repo(reference, "model_index.json", settings, runpod_cache, "MODEL_ID")
+        return BaseModel("folder", path, reference.shown, allow_vae_override=True)
+    path = find_checkpoint(reference, settings, on_progress)
+    return BaseModel("file", path, reference.shown, allow_vae_override=True)
+
+
+def find_vae(settings: Settings, *, runpod_cache: Path = RUNPOD_CACHE) -> Path | None:
+    """The folder of VAE_ID's VAE, found or downloaded like a base model; None when VAE_ID is empty.
+
+    Raises ModelUnavailable.
+    """
+    if not settings.vae_id:
+        return None
+    local = Path(settings.vae_id).expanduser()
+    if local.is_dir():
+        return local
+    try:
+        reference = parse_reference(settings.vae_id, settings)
+    except FetchError:
+        reference = None
+    if not isinstance(reference, HubReference) or reference.path:
+        raise ModelUnavailable("VAE_ID is neither a folder nor a Hub repo id; set it, or set it to empty")
+    return _find_repo(reference, "config.json", settings, runpod_cache, "VAE_ID")
+
+
+def _parse(model_id: str, settings: Settings) -> Any:
+    try:
+        reference = parse_reference(model_id, settings)
+    except FetchError:
+        reference = None
+    if reference is None or isinstance(reference, CachedReference):
+        raise ModelUnavailable(
+            "MODEL_ID is neither a Hub repo id, an existing folder or .safetensors file, a URL nor tiny; set MODEL_ID"
+        )
+    return reference
+
+
+def _find_repo(reference: HubReference, index: str, settings: Settings, runpod_cache: Path, variable: str) -> Path:
+    for cache in (runpod_cache, None):
+        found = cached_snapshot(reference, index, cache)
+        if found is not None:
+            return found
+    logger.warning("%s is on no local disk; downloading it", reference.shown)
+    return _download_repo(reference, settings, variable)
+
+
+def cached_snapshot(reference: HubReference, index: str, cache: Path | None) -> Path | None:
+    """The snapshot folder of a repo in a Hub cache (None = the user's own) if it is complete; no network."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(reference.repo, index, cache_dir=cache, revision=reference.revision)
+    folders = [Path(found).parent] if isinstance(found, str) else []
+    if not folders and cache is not None and reference.revision == "main":
+        # A cache that was filled without refs/main: the only snapshot there is.
+        folders = [
+            path.parent for path in cache.glob(f"models--{reference.repo.replace('/', '--')}/snapshots/*/{index}")
+        ]
+    complete = [folder for folder in folders if is_complete(folder)]
+    return complete[0] if len(complete) == 1 else None
+
+
+def is_complete(folder: Path) -> bool:
+    """True when no component lacks its weights, as an interrupted download leaves it."""
+    index = folder / "model_index.json"
+    if not index.is_file():
+        return any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
+    models = ("unet", "vae", "text_encoder", "text_encoder_2")
+    return all(any((folder / name).glob("*.safetensors")) or any((folder / name).glob("*.bin")) for name in models)
+
+
+def needed_files(names: list[str]) -> list[str]:
+    """The files of a repo that loading in half precision takes: configs, tokenizers, one set of weights per component.
+
+    A pipeline repo has a model_index.json and a folder per component; a VAE repo is one component at its root.
+    """
+    is_pipeline = "model_index.json" in names
+    components: dict[str, list[str]] = {}
+    for name in names:
+        folder = str(PurePosixPath(name).parent)
+        if folder in _FOLDERS if is_pipeline else folder == ".":
+            components.setdefault(folder, []).append(name)
+    chosen = ["model_index.json"] if is_pipeline else []
+    for files in components.values():
+        chosen += [name for name in files if name.endswith(_TEXT)]
+        chosen += _weights(files)
+    return sorted(chosen)
+
+
+def _weights(files: list[str]) -> list[str]:
+    for kind in _WEIGHT_KINDS:
+        if found := [name for name in files if kind.fullmatch(PurePosixPath(name).name)]:
+            return found
+    return []
+
+
+def _download_repo(reference: HubReference, settings: Settings, variable: str) -> Path:
+    from huggingface_hub import HfApi, get_token
+
+    endpoint = settings.hf_endpoint.rstrip("/")
+    api = HfApi(endpoint=endpoint, token=settings.hf_token or get_token() or False)
+
+    def download() -> Path:
+        info = api.model_info(reference.repo, revision=reference.revision)
+        names = needed_files([file.rfilename for file in info.siblings or []])
+        # By branch name, so that the cache notes which commit the branch is at.
+        folder = api.snapshot_download(reference.repo, revision=reference.revision, allow_patterns=names)
+        return Path(folder)
+
+    folder = _with_retries(download, reference, variable)
+    if not is_complete(folder):
+        raise ModelUnavailable(f"{reference.shown} is no diffusers model; set {variable} to one")
+    return folder
+
+
+def _with_retries(download: Callable[[], T], reference: HubReference, variable: str) -> T:
+    from huggingface_hub import errors
+
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return download()
+        except (errors.GatedRepoError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
+            hint = f"check {variable}, or set HF_TOKEN if it is private or gated"
+            raise ModelUnavailable(f"{reference.shown} does not exist or is not accessible: {hint}") from error
+        except Exception as error:  # the Hub client raises errors of several HTTP libraries and of the disk
+            logger.warning("downloading %s failed (%s)", reference.shown, type(error).__name__)
+            if attempt == ATTEMPTS or isinstance(error, errors.OfflineModeIsEnabled):
+                hint = f"run python download_weights.py with a network, or set {variable} to a local folder"
+                raise ModelUnavailable(f"{reference.shown} is not here and cannot be downloaded: {hint}") from error
+        time.sleep(RETRY_S * attempt)
+    raise AssertionError("unreachable")

@@ -1,0 +1,1 @@
+"""What knows RunPod: start-up, the job loop, progress, answers, upload."""

@@ -1,0 +1,114 @@
+"""What a worker must be able to do before it takes its first job, and the line it says about itself."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import platform
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from sdxl_worker.assets.cache import temporary_file
+from sdxl_worker.errors import WorkerError
+from sdxl_worker.generate.infotext import model_name
+from sdxl_worker.generate.render import render
+from sdxl_worker.request import GenerationRequest
+
+if TYPE_CHECKING:
+    from sdxl_worker.worker import Worker
+
+logger = logging.getLogger(__name__)
+
+# What one picture of 1024 x 1024 needs beside the resident model in float16 (attention, VAE decode), rounded up.
+MIN_FREE_GPU_BYTES = 4 * 2**30
+PROBE = GenerationRequest(prompt="a test", width=64, height=64, num_inference_steps=1, scheduler="K_EULER")
+_VERSIONS = ("runpod", "torch", "diffusers", "transformers")
+
+
+class UnhealthyWorker(Exception):
+    """This worker cannot do its job; the sentence says what to change."""
+
+
+def check_model(worker: Worker) -> None:
+    """The base model loads and renders; raises UnhealthyWorker. A model that is not numbers renders one colour."""
+    try:
+        (picture,) = render(worker.pipeline, PROBE)
+    except (WorkerError, RuntimeError) as error:
+        raise UnhealthyWorker(f"{error}. Change MODEL_ID or VAE_ID, or choose a larger GPU") from error
+    if len(picture.getcolors(PROBE.width * PROBE.height) or ()) == 1:
+        raise UnhealthyWorker("the base model renders an empty picture: change MODEL_ID or VAE_ID")
+
+
+def check_cache_folder(worker: Worker) -> None:
+    """A file can be written and renamed where LoRAs are kept; raises UnhealthyWorker.
+
+    A volume that is merely full is only logged: what is cached still works, and new LoRAs go to temporary space.
+    """
+    folder = worker.settings.lora_cache_dir
+    try:
+        with temporary_file(folder, "health-check") as (path, handle):
+            handle.write(b"1")
+            path.replace(path.with_suffix(".renamed"))
+            path.with_suffix(".renamed").unlink()
+    except (OSError, WorkerError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            logger.warning("the LoRA cache folder %s is full: set LORA_CACHE_MAX_GB or free space", folder)
+            return
+        reason = cause.strerror if isinstance(cause, OSError) else error
+        raise UnhealthyWorker(
+            f"the LoRA cache folder {folder} cannot be written ({reason}): "
+            "attach a network volume, or set LORA_CACHE_DIR to a folder that can"
+        ) from error
+
+
+def check_gpu_memory(worker: Worker) -> None:
+    """What is free beside the resident model holds one picture; raises UnhealthyWorker. Nothing to say on a CPU."""
+    device = worker.pipeline.device
+    if device.type != "cuda":
+        return
+    # What the probe left in PyTorch's cache is free for the next picture.
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    if free < MIN_FREE_GPU_BYTES:
+        raise UnhealthyWorker(
+            f"only {free / 2**30:.1f} of {total / 2**30:.1f} GB of GPU memory are free beside the model, and a picture "
+            f"needs {MIN_FREE_GPU_BYTES / 2**30:.0f}: choose a GPU type with more memory"
+        )
+
+
+CHECKS = (check_model, check_cache_folder, check_gpu_memory)
+
+
+def startup_line(worker: Worker) -> str:
+    """One line: versions, device, model, cache folder and the space left in it."""
+    settings = worker.settings
+    versions = " ".join(f"{name} {_version(name)}" for name in _VERSIONS)
+    return (
+        f"worker: python {platform.python_version()} {versions}; device {_device()}; "
+        f"model {model_name(settings.model_id)}; "
+        f"LoRA cache {settings.lora_cache_dir} ({_space(settings.lora_cache_dir)})"
+    )
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "?"
+
+
+def _device() -> str:
+    if not torch.cuda.is_available():
+        return "cpu"
+    _, total = torch.cuda.mem_get_info()
+    return f"{torch.cuda.get_device_name()} {total / 2**30:.0f} GB"
+
+
+def _space(folder: Path) -> str:
+    existing = next((path for path in (folder, *folder.parents) if path.exists()), Path("/"))
+    return f"{shutil.disk_usage(existing).free / 2**30:.1f} GB free"

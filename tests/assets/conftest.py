@@ -1,0 +1,19 @@
+"""What the tests of fetching and of downloading share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from sdxl_worker.assets import fetch
+from tests.support.http_server import FileServer
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
+    """A server that the guard lets pass, and retries without waiting."""
+    monkeypatch.setenv("RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS", "true")
+    monkeypatch.setattr(fetch, "BACKOFF_S", 0.001)
+    with FileServer() as running:
+        yield running

@@ -1,0 +1,140 @@
+"""Files that an operator put into the cache folder: FAULTS rows 14 to 16, 31 to 34."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load
+
+from download_weights import download_lora
+from sdxl_worker import errors
+from sdxl_worker.assets.asset_file import AssetFile
+from sdxl_worker.assets.cache import read_sidecar
+from sdxl_worker.assets.sources import local
+from tests.support.download_files import lora_bytes, partials, settings_for
+from tests.support.http_server import sha256
+
+LORA, OTHER = lora_bytes(1), lora_bytes(2)
+
+
+def get(reference: str, folder: Path, **changes: object) -> AssetFile:
+    return download_lora(reference, settings=settings_for(folder, **changes))
+
+
+def pickled(content: bytes) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(load(content), buffer)
+    return buffer.getvalue()
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a connection was made"))
+
+
+def test_name_with_and_without_suffix_and_absolute_path(tmp_path: Path):
+    path = tmp_path / "my.lora.safetensors"
+    path.write_bytes(LORA)
+    for reference in ("my.lora", "my.lora.safetensors", str(path)):
+        file = get(reference, tmp_path)
+        assert (file.path, file.sha256, file.cached) == (path, sha256(LORA), True)
+    read = read_sidecar(path)
+    assert read is not None
+    assert (read[0].by_hand, read[0].base_model) == (True, "SDXL")
+
+
+def test_a_file_is_checked_once_and_again_when_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    checked: list[Path] = []
+    real = local.check_file
+
+    def check(path: Path) -> dict:
+        checked.append(path)
+        return real(path)
+
+    monkeypatch.setattr(local, "check_file", check)
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(LORA)
+    get("a", tmp_path)
+    get("a", tmp_path)
+    assert len(checked) == 1
+    path.write_bytes(OTHER)
+    os.utime(path, (1, 1))
+    assert get("a", tmp_path).sha256 == sha256(OTHER)
+    assert len(checked) == 2
+
+
+def test_a_folder_that_cannot_be_written_is_checked_once_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "a.safetensors").write_bytes(LORA)
+    (tmp_path / ".partial").write_text("a file where the folder should be")  # root may write anywhere
+    get("a", tmp_path)
+    monkeypatch.setattr(local, "check_file", lambda _: pytest.fail("checked twice"))
+    assert get("a", tmp_path).sha256 == sha256(LORA)
+
+
+def test_a_pickle_is_converted_once_and_again_when_it_changes(tmp_path: Path):
+    source = tmp_path / "a.pt"
+    source.write_bytes(pickled(LORA))
+    first = get("a", tmp_path)
+    assert load(first.path.read_bytes()).keys() == load(LORA).keys()
+    inode = first.path.stat().st_ino
+    assert get("a.pt", tmp_path).path.stat().st_ino == inode
+    source.write_bytes(pickled(OTHER))
+    os.utime(source, (1, 1))
+    again = get("a", tmp_path)
+    assert (again.path, again.sha256 == first.sha256) == (first.path, False)
+    assert source.exists()
+    assert partials(tmp_path) == []
+
+
+def test_bad_files_by_hand_are_refused_and_left_alone(tmp_path: Path):
+    class Hostile:
+        def __reduce__(self) -> tuple:
+            return os.system, (f"touch {tmp_path}/executed",)
+
+    contents = {
+        "html.safetensors": b"<html>",
+        "empty.safetensors": b"",
+        "cut.safetensors": LORA[:-5],
+        "hostile.pt": pickle.dumps(Hostile()),
+        "hostile.safetensors": pickle.dumps(Hostile()),
+        "text.bin": b"hello",
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(errors.AssetFileError):
+            get(name, tmp_path)
+        assert (tmp_path / name).read_bytes() == content
+    assert not (tmp_path / "executed").exists()
+    assert partials(tmp_path) == []
+
+
+def test_links_out_of_the_folder_are_refused(tmp_path: Path):
+    folder, outside = tmp_path / "loras", tmp_path / "outside.safetensors"
+    (folder / "sub").mkdir(parents=True)
+    outside.write_bytes(LORA)
+    (folder / "link.safetensors").symlink_to(outside)
+    (folder / "up").symlink_to(tmp_path)
+    (folder / "nowhere.safetensors").symlink_to(tmp_path / "absent")
+    (folder / "folder.safetensors").mkdir()
+    references = ["link", "link.safetensors", f"{folder}/link.safetensors", f"{folder}/up/outside.safetensors"]
+    for reference in [*references, "nowhere", "folder", f"{folder}/up/../outside.safetensors"]:
+        with pytest.raises(errors.BadReference):
+            get(reference, folder)
+    os.mkfifo(folder / "pipe.safetensors")
+    with pytest.raises(errors.BadReference):
+        get("pipe", folder)
+    (folder / "sub" / "real.safetensors").write_bytes(LORA)
+    (folder / "inside.safetensors").symlink_to(folder / "sub" / "real.safetensors")
+    assert get("inside", folder).sha256 == sha256(LORA)
+    assert get(f"{folder}/sub/real.safetensors", folder).sha256 == sha256(LORA)
+
+
+def test_the_size_limit_holds(tmp_path: Path):
+    (tmp_path / "a.safetensors").write_bytes(LORA)
+    with pytest.raises(errors.TooLarge):
+        get("a", tmp_path, lora_max_mb=0.001)

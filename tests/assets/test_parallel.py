@@ -1,0 +1,70 @@
+"""LORA_PRELOAD, and the bound on parallel downloads."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from sdxl_worker.assets import parallel
+from sdxl_worker.assets.parallel import preload, resolve_loras
+from tests.support import http_server as on
+from tests.support.download_files import lora_bytes, settings_for, wait_until
+from tests.support.http_server import FileServer
+
+LORA = lora_bytes(1)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
+    monkeypatch.setenv("RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS", "true")
+    with FileServer() as running:
+        yield running
+
+
+def test_preload_leaves_out_what_fails(server: FileServer, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    good = server.add("/good.safetensors", on.whole(LORA))
+    bad = server.add("/bad.safetensors", on.whole(b"<html>"))
+    (tmp_path / "hand.safetensors").write_bytes(LORA)
+    references = f" {good} ,, {bad}?token=hunter2, no such file,{server.origin}/absent.safetensors, hand"
+    with caplog.at_level(logging.ERROR):
+        files = preload(settings_for(tmp_path, lora_preload=references))
+    assert [file.reference for file in files] == [good, "hand"]
+    assert [record.getMessage().split(": ")[1] for record in caplog.records if "LORA_PRELOAD" in record.message]
+    for code in ("NOT_A_LORA", "LORA_NOT_FOUND"):
+        assert code in caplog.text
+    assert "hunter2" not in caplog.text
+
+
+def test_no_preload_does_nothing(tmp_path: Path):
+    assert preload(settings_for(tmp_path / "absent")) == []
+    assert not (tmp_path / "absent").exists()
+
+
+def test_an_unforeseen_error_does_not_keep_the_worker_from_starting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def fail(*_arguments: object) -> None:
+        raise RuntimeError("unforeseen")
+
+    monkeypatch.setattr(parallel, "resolve_lora", fail)
+    assert preload(settings_for(tmp_path, lora_preload="a")) == []
+    assert "LORA_PRELOAD" in caplog.text
+
+
+def test_no_more_than_the_bound_at_once(server: FileServer, tmp_path: Path):
+    release = threading.Event()
+    urls = [
+        server.add(f"/{index}.safetensors", on.held(lora_bytes(index), 100, release, threading.Event()))
+        for index in range(parallel.MAX_PARALLEL + 2)
+    ]
+    thread = threading.Thread(target=resolve_loras, args=(urls, settings_for(tmp_path)))
+    thread.start()
+    wait_until(lambda: len(server.requests) == parallel.MAX_PARALLEL)
+    started = len(server.requests)
+    release.set()
+    thread.join(20)
+    assert (started, len(server.requests)) == (parallel.MAX_PARALLEL, len(urls))

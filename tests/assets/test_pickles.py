@@ -1,0 +1,85 @@
+"""Pickles: good ones give the same tensors, hostile ones give an error and nothing else."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import resource
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sdxl_worker.assets.pickles import convert_pickle
+from sdxl_worker.errors import BadFile
+
+TENSORS = {"lora_unet_x.lora_up.weight": torch.randn(4, 2).half(), "lora_unet_x.alpha": torch.tensor(2.0)}
+
+
+@pytest.mark.parametrize("content", [TENSORS, {"state_dict": TENSORS, "step": 3}], ids=["plain", "nested"])
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_a_good_pickle_keeps_every_bit(content, zipped: bool, tmp_path: Path):
+    source, target = tmp_path / "a.pt", tmp_path / "a.safetensors"
+    torch.save(content, source, _use_new_zipfile_serialization=zipped)
+    convert_pickle(source, target)
+    loaded = load_file(str(target))
+    assert loaded.keys() == TENSORS.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in TENSORS.items())
+
+
+class _Exploit:
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+def test_a_hostile_pickle_runs_nothing(tmp_path: Path):
+    marker, source, target = tmp_path / "executed", tmp_path / "a.pt", tmp_path / "a.safetensors"
+    source.write_bytes(pickle.dumps(_Exploit(marker)))
+    with pytest.raises(BadFile, match="cannot be read safely"):
+        convert_pickle(source, target)
+    torch.save({"x": _Exploit(marker)}, source)
+    with pytest.raises(BadFile, match="cannot be read safely"):
+        convert_pickle(source, target)
+    assert not marker.exists()
+    assert not target.exists()
+
+
+def test_a_pickle_that_expands_is_refused_and_costs_the_worker_nothing(tmp_path: Path):
+    source, target = tmp_path / "a.bin", tmp_path / "a.safetensors"
+    # One element, claimed to be half a gigabyte of them by its strides.
+    torch.save({"x.lora_up.weight": torch.zeros(1).expand(2**27)}, source)
+    assert source.stat().st_size < 4096
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(BadFile, match="inflates"):
+        convert_pickle(source, target)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 32 * 1024
+    assert not target.exists()
+
+
+def test_a_compressed_pickle_that_inflates_is_refused(tmp_path: Path):
+    plain, source, target = tmp_path / "plain.pt", tmp_path / "a.pt", tmp_path / "a.safetensors"
+    torch.save({"x.lora_up.weight": torch.zeros(75 * 2**20 // 4)}, plain)
+    with zipfile.ZipFile(plain) as archive, zipfile.ZipFile(source, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in archive.namelist():
+            packed.writestr(name, archive.read(name))
+    assert source.stat().st_size < 200_000
+    with pytest.raises(BadFile, match="inflates"):
+        convert_pickle(source, target)
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"<html>", b"\x80\x02}q\x00."])
+def test_a_broken_pickle_is_refused(content: bytes, tmp_path: Path):
+    (tmp_path / "a.pt").write_bytes(content)
+    with pytest.raises(BadFile):
+        convert_pickle(tmp_path / "a.pt", tmp_path / "a.safetensors")
+
+
+def test_a_pickle_without_tensors_says_so(tmp_path: Path):
+    torch.save({"a": "text"}, tmp_path / "a.pt")
+    with pytest.raises(BadFile, match="something other than a table of tensors"):
+        convert_pickle(tmp_path / "a.pt", tmp_path / "a.safetensors")

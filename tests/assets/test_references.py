@@ -1,0 +1,221 @@
+"""Reference forms, cache names and masking: FAULTS rows 14, 17, 19, 22."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from download_weights import get_lora_cache_path
+from sdxl_worker.assets.references import (
+    CachedReference,
+    CivitaiReference,
+    HubReference,
+    UrlReference,
+    parse_reference,
+)
+from sdxl_worker.assets.urls import mask
+from sdxl_worker.errors import BadReference
+from sdxl_worker.settings import Settings
+
+CACHE = Path("/models/loras")
+SETTINGS = Settings(lora_cache_dir=CACHE)
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def parse(text: str):
+    return parse_reference(text, SETTINGS)
+
+
+def name(text: str) -> str:
+    return parse(text).file_name
+
+
+@pytest.mark.parametrize(
+    ("text", "repo", "revision", "path"),
+    [
+        ("user/repo", "user/repo", "main", ""),
+        ("user/repo@v1.0", "user/repo", "v1.0", ""),
+        ("user/repo/file.safetensors", "user/repo", "main", "file.safetensors"),
+        ("user/repo@dev/sub/file.safetensors", "user/repo", "dev", "sub/file.safetensors"),
+        (f"user/repo@{COMMIT}/file.bin", "user/repo", COMMIT, "file.bin"),
+        ("user/repo@refs/pr/3/file.pt", "user/repo", "refs/pr/3", "file.pt"),
+        ("user/repo/blob/main/file.safetensors", "user/repo", "main", "file.safetensors"),
+        ("user/repo/resolve/v2/sub/file.safetensors", "user/repo", "v2", "sub/file.safetensors"),
+        ("https://huggingface.co/user/repo", "user/repo", "main", ""),
+        ("https://huggingface.co/user/repo/blob/main/a%20b.safetensors", "user/repo", "main", "a b.safetensors"),
+        (
+            "https://huggingface.co/user/repo/resolve/main/f.safetensors?download=true",
+            "user/repo",
+            "main",
+            "f.safetensors",
+        ),
+        ("https://huggingface.co/user/repo/resolve/refs%2Fpr%2F3/f.pt", "user/repo", "refs/pr/3", "f.pt"),
+        ("https://hf.co/user/repo/tree/v2/sub", "user/repo", "v2", "sub"),
+    ],
+)
+def test_hub_forms(text: str, repo: str, revision: str, path: str):
+    assert parse(text) == HubReference(repo, revision, path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "https://civitai.com/api/download/models/128713",
+        "https://civitai.com/models/118427?modelVersionId=128713",
+        "https://civitai.com/models/118427/some-name?modelVersionId=128713",
+        "https://www.civitai.com/api/download/models/128713?token=SECRET",
+        "civitai:118427@128713",
+        "urn:air:sdxl:lora:civitai:118427@128713",
+        "URN:AIR:sdxl:lora:civitai:118427@128713.safetensors",
+    ],
+)
+def test_civitai_forms_name_one_file(text: str):
+    reference = parse(text)
+    assert isinstance(reference, CivitaiReference)
+    assert reference.version == 128713
+    assert reference.file_name == name("civitai:118427@128713")
+    assert "SECRET" not in repr(reference) + reference.canonical
+
+
+@pytest.mark.parametrize("text", ["https://civitai.com/models/118427", "civitai:118427"])
+def test_a_civitai_model_without_a_version_moves(text: str):
+    reference = parse(text)
+    assert isinstance(reference, CivitaiReference)
+    assert (reference.model, reference.is_moving) == (118427, True)
+
+
+def test_civitai_options_are_other_files():
+    plain, pruned = "https://civitai.com/api/download/models/1", "https://civitai.com/api/download/models/1?size=pruned"
+    assert name(plain) != name(pruned)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("my-lora", "my-lora"),
+        ("my.lora.safetensors", "my.lora.safetensors"),
+        ("/models/loras/my-lora.pt", "my-lora.pt"),
+        ("/models/loras/sub/my-lora.safetensors", "sub/my-lora.safetensors"),
+    ],
+)
+def test_cached_forms(text: str, expected: str):
+    assert parse(text) == CachedReference(expected)
+
+
+def test_an_absolute_path_through_the_volume_link_is_inside(tmp_path: Path):
+    (tmp_path / "volume").mkdir()
+    (tmp_path / "models").symlink_to(tmp_path / "volume")
+    settings = Settings(lora_cache_dir=tmp_path / "models")
+    for folder in ("models", "volume"):
+        assert parse_reference(f"{tmp_path}/{folder}/a.safetensors", settings) == CachedReference("a.safetensors")
+
+
+NO_NAME = ["", " ", ".", "..", "../x", "./x", "a\0b", "a\\b", "a\nb", "x" * 300, "\ud800", ".hidden", "a/"]
+NO_CACHED_FILE = ["/etc/passwd", "/models/loras", "/models/loras/../../etc/passwd", "/user/repo"]
+NO_REPO = ["user/../x", "user/repo/../../x", "user/repo//x", "user/repo@", "user/repo@../x", "user/repo@..", "a b/c"]
+NO_URL = ["file:///etc/passwd", "ftp://host/x", "data:text/plain,x", "gopher://x", "http:/x", "http://", "https:///x"]
+NO_HOST = ["http://host:port/x", "http://host:99999/x", "http://host:0/", "http://[::1/x", "http://[zz::1]/x"]
+NO_CIVITAI = ["civitai:abc", "civitai:", "urn:air:sdxl:lora:other:1@2", "https://civitai.com/user/x"]
+NO_PAGE = ["https://civitai.com/models/1?modelVersionId=x", "https://huggingface.co/user", "https://huggingface.co/"]
+TOO_LONG = ["http://host/" + "x" * 5000, "user/repo/" + "x" * 300, "https://huggingface.co/user/repo/commits/main"]
+LOGIN = ["http://user:hunter2@host/x", "http://user@host/x"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [*NO_NAME, *NO_CACHED_FILE, *NO_REPO, *NO_URL, *NO_HOST, *NO_CIVITAI, *NO_PAGE, *TOO_LONG, *LOGIN],
+)
+def test_everything_else_is_refused(text: str):
+    with pytest.raises(BadReference) as caught:
+        parse(text)
+    assert str(caught.value).isascii()
+    assert "hunter2" not in str(caught.value)
+
+
+def test_what_is_no_text_is_refused():
+    with pytest.raises(BadReference):
+        parse(None)  # type: ignore[arg-type]
+
+
+def test_names_are_hash_and_readable_name():
+    assert re.fullmatch(r"[0-9a-f]{12}_my-lora\.safetensors", name("https://example.com/a/my-lora.safetensors"))
+    assert re.fullmatch(r"[0-9a-f]{12}_my-lora\.safetensors", name("https://example.com/a/my-lora.pt"))
+    assert re.fullmatch(r"[0-9a-f]{12}_a_b\.safetensors", name("https://example.com/a%20b.safetensors"))
+    assert re.fullmatch(r"lora_[0-9a-f]{12}\.safetensors", name("https://example.com/download?id=3"))
+    assert re.fullmatch(r"lora_[0-9a-f]{12}\.safetensors", name("https://example.com/..safetensors"))
+    assert re.fullmatch(r"[0-9a-f]{12}_user_repo-name\.safetensors", name("user/repo-name"))
+    assert len(name("https://example.com/" + "x" * 3000 + ".safetensors")) < 120
+
+
+DIFFERENT = [
+    "https://a.example/lora.safetensors",
+    "https://b.example/lora.safetensors",
+    "http://a.example/lora.safetensors",
+    "https://a.example/LoRA.safetensors",
+    "https://a.example/lora.safetensors?version=1",
+    "https://a.example/lora.safetensors?version=2",
+    "https://a.example:8443/lora.safetensors",
+    "user/a_b",
+    "user_a/b",
+    "user/a_b@v1",
+    "user/a_b/lora.safetensors",
+    "civitai:1@2",
+    "civitai:1",
+    "lora.safetensors",
+    "other.pt",
+    "other.bin",
+]
+
+
+def test_two_references_never_share_a_name():
+    assert len({name(text) for text in DIFFERENT}) == len(DIFFERENT)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "HTTPS://A.example:443/lora.safetensors#fragment",
+        "https://a.example/lora.safetensors?token=SECRET",
+        "https://a.example/lora.safetensors?X-Amz-Signature=SECRET&X-Amz-Expires=60&X-Amz-Date=2024",
+        "https://a.example/lora.safetensors?sv=2022&sp=r&sig=SECRET&se=2030",
+        "https://a.example/lora.safetensors?Expires=1&Signature=SECRET&Key-Pair-Id=K",
+        "https://a.example/lora.safetensors?api_key=SECRET",
+    ],
+)
+def test_tokens_and_signatures_do_not_make_another_file(text: str):
+    reference = parse(text)
+    assert isinstance(reference, UrlReference)
+    assert reference.file_name == name("https://a.example/lora.safetensors")
+    assert "SECRET" not in reference.canonical + reference.shown + repr(reference)
+
+
+def test_forms_of_one_hub_file_are_one_file():
+    forms = ["user/repo/f.safetensors", "user/repo@main/f.safetensors", "user/repo/blob/main/f.safetensors"]
+    forms.append("https://huggingface.co/user/repo/resolve/main/f.safetensors?download=true")
+    assert len({name(form) for form in forms}) == 1
+
+
+def test_the_endpoint_of_the_operator_is_the_hub():
+    settings = Settings(hf_endpoint="http://hub.internal:8080/mirror")
+    url = "http://hub.internal:8080/mirror/user/repo/resolve/main/f.safetensors"
+    assert parse_reference(url, settings) == HubReference("user/repo", "main", "f.safetensors")
+    assert isinstance(parse_reference(url, Settings()), UrlReference)
+
+
+def test_masking_keeps_nothing_secret():
+    assert mask("https://user:pw@host/a?token=x#y") == "https://host/a"
+    assert mask("http://user:hun/ter2@host/a") == "http://host/a"
+    assert mask("https://host:80/@a/b") == "https://host:80/@a/b"
+    assert mask("civitai:5@7") == "civitai:5@7"
+    assert mask("a\nb\x1b[31m") == "a?b?[31m"
+    assert len(mask("x" * 1000)) == 200
+
+
+def test_cache_path_is_pure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("LORA_CACHE_DIR", str(tmp_path / "absent"))
+    path = get_lora_cache_path("user/repo")
+    assert path == tmp_path / "absent" / name("user/repo")
+    assert get_lora_cache_path("my-lora") == tmp_path / "absent" / "my-lora.safetensors"
+    assert not path.parent.exists()

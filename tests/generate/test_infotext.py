@@ -1,0 +1,66 @@
+"""The text in a picture, read back the way A1111 reads it."""
+
+import json
+import re
+
+import pytest
+
+from sdxl_worker.generate.infotext import UsedLora, image_seed, infotext, model_name
+from sdxl_worker.request import GenerationRequest, LoraScale
+
+REQUEST = GenerationRequest(prompt="a cat", negative_prompt="blur", seed=2**64 - 1, scheduler="DPMSolverMultistep")
+LORA = UsedLora("0123456789ab_my: style, v2.safetensors", LoraScale.uniform(0.8), "c" * 64)
+
+# The regular expression of infotext_utils.py in A1111's web UI.
+PARAMETER = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+
+
+def settings_of(text: str) -> dict[str, str]:
+    return dict(PARAMETER.findall(text.splitlines()[-1]))
+
+
+def test_the_three_lines():
+    text = infotext(REQUEST, 0, "org/some-model", [LORA])
+    prompt, negative, _ = text.splitlines()
+    assert prompt == "a cat <lora:my_style_v2:0.8>"
+    assert negative == "Negative prompt: blur"
+    settings = settings_of(text)
+    assert settings["Steps"] == "28"
+    assert settings["Sampler"] == "DPM++ 2M"
+    assert settings["CFG scale"] == "5.5"
+    assert settings["Size"] == "1024x1024"
+    assert settings["Model"] == "some-model"
+    assert json.loads(settings["Lora hashes"]) == f"my_style_v2: {'c' * 10}"
+
+
+def test_each_picture_has_its_own_seed():
+    assert [image_seed(REQUEST, index) for index in (0, 1)] == [2**64 - 1, 0]
+    assert settings_of(infotext(REQUEST, 1, "m"))["Seed"] == "0"
+
+
+def test_no_negative_prompt_and_no_loras():
+    text = infotext(GenerationRequest(prompt="猫\nline two"), 0, "tiny")
+    assert text.startswith("猫\nline two\nSteps: 28, ")
+    assert "Lora hashes" not in text
+
+
+def test_strength_is_there_for_image_to_image_only():
+    request = GenerationRequest(prompt="a", image_url="https://a/b.png", strength=0.4)
+    assert settings_of(infotext(request, 0, "tiny"))["Denoising strength"] == "0.4"
+
+
+def test_a_scale_per_part():
+    assert UsedLora("x.safetensors", LoraScale(0.8, 0.5, 0.5), "").tag == "<lora:x:0.5:0.8>"
+
+
+@pytest.mark.parametrize(
+    ("model_id", "shown"),
+    [
+        ("stabilityai/stable-diffusion-xl-base-1.0", "stable-diffusion-xl-base-1.0"),
+        ("/secret/folder/model.safetensors", "model"),
+        ("https://host/models/x.safetensors?token=secret", "x"),
+        ("tiny", "tiny"),
+    ],
+)
+def test_model_name_shows_no_folder_and_no_query(model_id, shown):
+    assert model_name(model_id) == shown

@@ -1,0 +1,122 @@
+"""A request's LoRAs before the device is needed: cache faults are mended once, and then no file is needed any more."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from sdxl_worker.assets.cache import read_sidecar
+from sdxl_worker.assets.store import AssetStore
+from sdxl_worker.errors import AssetFileError, BadReference, Cancelled, NotFound
+from sdxl_worker.lora.engine import LoraEngine
+from sdxl_worker.lora.ready import make_ready
+from sdxl_worker.request import LoraScale, LoraSpec
+from sdxl_worker.serving.jobs import JobRun
+from sdxl_worker.serving.turns import Turns
+from sdxl_worker.settings import Settings
+from sdxl_worker.topology import write_example_lora
+from tests.support.http_server import FileServer, whole
+
+
+@pytest.fixture
+def settings(tmp_path, monkeypatch) -> Settings:
+    monkeypatch.setenv("RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS", "true")
+    return Settings(model_id="tiny", lora_cache_dir=tmp_path / "loras")
+
+
+@pytest.fixture
+def run() -> JobRun:
+    return JobRun("job", Turns().ticket())
+
+
+@pytest.fixture
+def server(tmp_path):
+    with FileServer() as server:
+        server.add("/a.safetensors", whole(write_example_lora(tmp_path / "source").read_bytes()))
+        yield server
+
+
+def ready(settings: Settings, engine: LoraEngine, run: JobRun, *specs: LoraSpec):
+    return make_ready(specs, AssetStore(settings), lambda: engine, run)
+
+
+def test_a_repeat_is_a_cache_hit(settings, engine, run, server):
+    spec = LoraSpec(f"{server.origin}/a.safetensors?token=s3cret")
+    (first,) = ready(settings, engine, run, spec)
+    assert run.facts == {"loras": [f"{server.origin}/a.safetensors"], "cache_hits": 0}
+    (again,) = ready(settings, engine, run, spec)
+    assert run.facts["cache_hits"] == 1
+    assert first.parsed is again.parsed
+    assert len(server.asked("/a.safetensors")) == 1
+
+
+def test_row_46_evicted_between_the_look_and_the_reading(settings, engine, run, server, monkeypatch):
+    resolve = AssetStore.get_all
+    evictions: list[int] = []
+
+    def evicted_at_once(*arguments):
+        files = resolve(*arguments)
+        if not evictions:
+            files[0].path.unlink()
+        evictions.append(1)
+        return files
+
+    monkeypatch.setattr(AssetStore, "get_all", evicted_at_once)
+    (lora,) = ready(settings, engine, run, LoraSpec(f"{server.origin}/a.safetensors"))
+    assert lora.file.path.is_file()
+    assert len(evictions) == 2
+
+
+def test_a_file_that_keeps_vanishing_is_an_error(settings, engine, run, server, monkeypatch):
+    resolve = AssetStore.get_all
+
+    def always_evicted(*arguments):
+        files = resolve(*arguments)
+        files[0].path.unlink()
+        return files
+
+    monkeypatch.setattr(AssetStore, "get_all", always_evicted)
+    with pytest.raises(NotFound, match="vanished from the cache"):
+        ready(settings, engine, run, LoraSpec(f"{server.origin}/a.safetensors"))
+
+
+def test_row_47_a_damaged_file_is_put_aside_and_fetched_again_once(settings, pipeline, engine, run, server):
+    spec = LoraSpec(f"{server.origin}/a.safetensors")
+    (before,) = ready(settings, engine, run, spec)
+    path = before.file.path
+    read = read_sidecar(path)
+    assert read is not None
+    content = bytearray(path.read_bytes())
+    content[-4000:] = b"\xff" * 4000  # NaN
+    path.write_bytes(content)
+    # Damage that neither size nor time betrays.
+    os.utime(path, ns=(read[0].mtime_ns, read[0].mtime_ns))
+    fresh = LoraEngine(pipeline, 0)
+    (after,) = ready(settings, fresh, run, spec)
+    assert after.file.sha256 == before.file.sha256
+    assert (settings.lora_cache_dir / ".quarantine" / path.name).is_file()
+    assert len(server.asked("/a.safetensors")) == 2
+
+
+def test_a_bad_file_put_there_by_hand_stays(settings, engine, run):
+    path = settings.lora_cache_dir / "mine.safetensors"
+    path.parent.mkdir()
+    path.write_bytes(b"\x08\0\0\0\0\0\0\0{broken}")
+    with pytest.raises(AssetFileError):
+        ready(settings, engine, run, LoraSpec("mine"))
+    assert path.is_file()
+
+
+def test_scale_0_has_only_to_be_a_reference(settings, run):
+    zero = LoraScale.uniform(0)
+    assert make_ready([LoraSpec("nobody/asks", zero)], settings, lambda: pytest.fail("read"), run) == []
+    with pytest.raises(BadReference):
+        make_ready([LoraSpec("../x", zero)], settings, lambda: pytest.fail("read"), run)
+
+
+def test_a_stopped_job_reads_nothing(settings, engine, run, server):
+    run.cancel()
+    with pytest.raises(Cancelled):
+        ready(settings, engine, run, LoraSpec(f"{server.origin}/a.safetensors"))
+    assert not server.asked("/a.safetensors")
