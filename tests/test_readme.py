@@ -10,7 +10,8 @@ import pytest
 
 import download_weights
 import schemas
-from sdxl_worker import validation
+from sdxl_worker import kinds, validation
+from sdxl_worker.assets.kind import Kind
 from sdxl_worker.assets.references import (
     CachedReference,
     CivitaiReference,
@@ -18,7 +19,7 @@ from sdxl_worker.assets.references import (
     UrlReference,
     parse_reference,
 )
-from sdxl_worker.errors import WorkerError
+from sdxl_worker.errors import AssetFileError, FetchError, WorkerError
 from sdxl_worker.generate.samplers import scheduler_names
 from sdxl_worker.lora.entries import parse_lora_entries
 from sdxl_worker.request import GenerationRequest
@@ -39,6 +40,17 @@ def error_classes(base: type[WorkerError] = WorkerError) -> Iterator[type[Worker
     for child in base.__subclasses__():
         if child.__module__ == WorkerError.__module__:
             yield from error_classes(child)
+
+
+def public_codes() -> dict[str, type[WorkerError]]:
+    """What a caller can see: the classes' codes, and those that a kind of asset has instead."""
+    there = [kind for kind in vars(kinds).values() if isinstance(kind, Kind)]
+    codes = {}
+    for error in error_classes():
+        of_a_file = issubclass(error, FetchError | AssetFileError)
+        for code in {kind.codes.get(error, error.code) for kind in there} if of_a_file else {error.code}:
+            codes[code] = error
+    return codes
 
 
 def test_request_table_names_the_fields_and_defaults_of_the_schema() -> None:
@@ -90,9 +102,9 @@ def test_environment_table_names_the_settings_and_defaults() -> None:
 
 def test_errors_table_names_every_code() -> None:
     rows = {unquoted(row["Code"]): row for row in readme_table("Errors", "Code")}
-    classes = {error.code: error for error in error_classes()}
-    assert set(rows) == set(classes)
-    for code, error in classes.items():
+    codes = public_codes()
+    assert set(rows) == set(codes)
+    for code, error in codes.items():
         assert (rows[code]["Who acts"] == "caller") == error.caller_at_fault, code
         assert ("refresh_worker" in rows[code]["Meaning"]) == error.refresh_worker, code
 
