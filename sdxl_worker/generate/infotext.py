@@ -5,46 +5,19 @@
     Steps: 28, Sampler: Euler a, CFG scale: 5.5, Seed: 7, Size: 1024x1024, Model: name, Lora hashes: "name: hash"
 
 https://github.com/AUTOMATIC1111/stable-diffusion-webui/blob/master/modules/infotext_utils.py reads it;
-hashes are the first 10 hex digits of the file's SHA-256 (Civitai's AutoV2).
+what the hashes are is said in UsedLora.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import PurePosixPath
 from urllib.parse import urlsplit
 
 from sdxl_worker.generate.samplers import SCHEDULERS
-from sdxl_worker.request import GenerationRequest, LoraScale
-
-_CACHE_PREFIX = re.compile(r"^[0-9a-f]{12}_(?=.)")
-# What ends a name inside <lora:...> or inside the quoted list of hashes.
-_NOT_IN_A_NAME = re.compile(r'[<>:,"\s\\]+')
-
-
-@dataclass(frozen=True)
-class UsedLora:
-    """A LoRA as the text names it: `name` is its file name in the cache, `sha256` the hash of the whole file."""
-
-    name: str
-    scale: LoraScale
-    sha256: str
-
-    @property
-    def short_name(self) -> str:
-        """The file name without the cache's hash and the suffix, safe inside `<lora:...>`."""
-        stem = _CACHE_PREFIX.sub("", PurePosixPath(self.name).stem)
-        return _NOT_IN_A_NAME.sub("_", stem) or "lora"
-
-    @property
-    def tag(self) -> str:
-        """`<lora:name:scale>`, or `<lora:name:text encoder scale:UNet scale>` where the two differ."""
-        text, unet = self.scale.text_encoder, self.scale.unet
-        scales = f"{unet:g}" if text == unet else f"{text:g}:{unet:g}"
-        return f"<lora:{self.short_name}:{scales}>"
+from sdxl_worker.lora.used import UsedLora, safe_name
+from sdxl_worker.request import GenerationRequest
 
 
 def image_seed(request: GenerationRequest, index: int) -> int:
@@ -64,12 +37,12 @@ def infotext(request: GenerationRequest, index: int, model_id: str, loras: Seque
         "CFG scale": f"{request.guidance_scale:g}",
         "Seed": image_seed(request, index),
         "Size": f"{request.width}x{request.height}",
-        "Model": _NOT_IN_A_NAME.sub("_", model_name(model_id)),
+        "Model": safe_name(model_name(model_id)),
     }
     if request.image_url is not None:
         facts["Denoising strength"] = f"{request.strength:g}"
     if loras:
-        hashes = ", ".join(f"{lora.short_name}: {lora.sha256[:10]}" for lora in loras)
+        hashes = ", ".join(f"{lora.short_name}: {lora.hash}" for lora in loras)
         facts["Lora hashes"] = json.dumps(hashes, ensure_ascii=False)
     lines.append(", ".join(f"{name}: {value}" for name, value in facts.items()))
     return "\n".join(lines)

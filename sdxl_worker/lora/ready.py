@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from sdxl_worker.assets.asset_file import AssetFile
 from sdxl_worker.assets.store import AssetStore
 from sdxl_worker.errors import AssetFileError, NotFound
-from sdxl_worker.generate.infotext import UsedLora
 from sdxl_worker.kinds import LORA
 from sdxl_worker.lora.engine import AppliedLora, LoraEngine, ParsedLora
+from sdxl_worker.lora.used import UsedLora
 from sdxl_worker.request import LoraSpec
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class ReadyLora:
     @property
     def used(self) -> UsedLora:
         """What the picture's text says of it."""
-        return UsedLora(self.file.name, self.spec.scale, self.file.sha256)
+        return UsedLora(self.file.name, self.spec.scale, self.file.sha256[:10])
 
     def as_json(self, applied: AppliedLora) -> dict[str, Any]:
         """The entry of the answer's `loras`, without what the file does not say."""

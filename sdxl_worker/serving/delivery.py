@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from PIL.Image import Image
 
 from sdxl_worker.generate.images import EncodedImage, encode, save_locally
-from sdxl_worker.generate.infotext import UsedLora, image_seed, infotext
+from sdxl_worker.generate.infotext import image_seed, infotext
+from sdxl_worker.lora.used import UsedLora
 from sdxl_worker.request import GenerationRequest
 from sdxl_worker.serving.jobs import JobRun
 from sdxl_worker.serving.mode import LOCAL_OUTPUT, Mode

@@ -5,11 +5,12 @@ import re
 
 import pytest
 
-from sdxl_worker.generate.infotext import UsedLora, image_seed, infotext, model_name
+from sdxl_worker.generate.infotext import image_seed, infotext, model_name
+from sdxl_worker.lora.used import UsedLora
 from sdxl_worker.request import GenerationRequest, LoraScale
 
 REQUEST = GenerationRequest(prompt="a cat", negative_prompt="blur", seed=2**64 - 1, scheduler="DPMSolverMultistep")
-LORA = UsedLora("0123456789ab_my: style, v2.safetensors", LoraScale.uniform(0.8), "c" * 64)
+LORA = UsedLora("0123456789ab_my: style, v2.safetensors", LoraScale.uniform(0.8), "c" * 10)
 
 # The regular expression of infotext_utils.py in A1111's web UI.
 PARAMETER = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
