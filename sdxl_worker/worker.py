@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from PIL.Image import Image
 
-from sdxl_worker.assets.parallel import preload
 from sdxl_worker.assets.store import AssetStore
 from sdxl_worker.errors import Cancelled, WorkerError
 from sdxl_worker.generate.input_image import fetch_input_image
+from sdxl_worker.kinds import LORA
 from sdxl_worker.logs import current_job
 from sdxl_worker.lora.engine import AppliedLora, LoraEngine
 from sdxl_worker.lora.ready import ReadyLora, make_ready
@@ -107,7 +107,8 @@ class Worker:
 
     def preload(self) -> None:
         """Make every LORA_PRELOAD reference ready; one that fails is logged and left out."""
-        for file in preload(self.settings):
+        references = [text.strip() for text in self.settings.lora_preload.split(",") if text.strip()]
+        for file in self.assets.preload(references, LORA):
             try:
                 self.engine_of(self.pipeline).read(file.path)
             except WorkerError as error:

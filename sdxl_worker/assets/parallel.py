@@ -9,7 +9,6 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from sdxl_worker.assets.asset_file import AssetFile
 from sdxl_worker.assets.fetch import PROGRESS_INTERVAL_S, Progress
 from sdxl_worker.assets.store import resolve_lora
-from sdxl_worker.errors import WorkerError
 from sdxl_worker.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -81,20 +80,19 @@ def _raise_first(futures: list[Future[AssetFile]], failed: threading.Event) -> N
             raise error
 
 
-def preload(settings: Settings) -> list[AssetFile]:
-    """Make every LORA_PRELOAD reference ready; one that fails is logged and left out, and the worker starts anyway."""
-    references = [text.strip() for text in settings.lora_preload.split(",") if text.strip()]
+def preload(
+    references: Sequence[str], resolve: Callable[[str], AssetFile], on_failure: Callable[[Exception], None]
+) -> list[AssetFile]:
+    """What `resolve` gives for each reference, at most MAX_PARALLEL at a time; one that fails is told and left out."""
 
-    def resolve(reference: str) -> AssetFile | None:
+    def resolve_or_tell(reference: str) -> AssetFile | None:
         try:
-            return resolve_lora(reference, settings)
-        except WorkerError as error:
-            logger.error("LORA_PRELOAD: %s: %s", error.code, error)
-        except Exception:
-            logger.exception("LORA_PRELOAD: one reference failed")
+            return resolve(reference)
+        except Exception as error:
+            on_failure(error)
         return None
 
     if not references:
         return []
     with ThreadPoolExecutor(MAX_PARALLEL, thread_name_prefix="preload") as pool:
-        return [file for file in pool.map(resolve, references) if file is not None]
+        return [file for file in pool.map(resolve_or_tell, references) if file is not None]

@@ -55,6 +55,7 @@ from sdxl_worker.errors import (
     FetchFailed,
     FetchIncomplete,
     FetchTimeout,
+    WorkerError,
 )
 from sdxl_worker.settings import Settings
 
@@ -282,6 +283,18 @@ class AssetStore:
 
         with kind.own_codes():
             return resolve_loras(references, self.settings, on_progress, should_stop)
+
+    def preload(self, references: Sequence[str], kind: Kind) -> list[AssetFile]:
+        """The files of `references`; one that fails is logged with its code and left out."""
+        from sdxl_worker.assets.parallel import preload
+
+        def tell(error: Exception) -> None:
+            if isinstance(error, WorkerError):
+                logger.error("preload: %s: %s", error.code, error)
+            else:
+                logger.error("preload: one %s failed", kind.name, exc_info=error)
+
+        return preload(references, lambda reference: self.get(reference, kind), tell)
 
     def prepare(self) -> None:
         """Create the cache folder and remove what dead workers left behind. Called when the worker starts."""

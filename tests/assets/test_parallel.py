@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 
 from sdxl_worker.assets import parallel
-from sdxl_worker.assets.parallel import preload, resolve_loras
+from sdxl_worker.assets.parallel import resolve_loras
+from sdxl_worker.assets.store import AssetStore
+from sdxl_worker.kinds import LORA
 from tests.support import http_server as on
 from tests.support.download_files import lora_bytes, settings_for, wait_until
 from tests.support.http_server import FileServer
 
-LORA = lora_bytes(1)
+CONTENT = lora_bytes(1)
 
 
 @pytest.fixture
@@ -26,21 +28,20 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
 
 
 def test_preload_leaves_out_what_fails(server: FileServer, tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    good = server.add("/good.safetensors", on.whole(LORA))
+    good = server.add("/good.safetensors", on.whole(CONTENT))
     bad = server.add("/bad.safetensors", on.whole(b"<html>"))
-    (tmp_path / "hand.safetensors").write_bytes(LORA)
-    references = f" {good} ,, {bad}?token=hunter2, no such file,{server.origin}/absent.safetensors, hand"
+    (tmp_path / "hand.safetensors").write_bytes(CONTENT)
+    references = [good, f"{bad}?token=hunter2", "no such file", f"{server.origin}/absent.safetensors", "hand"]
     with caplog.at_level(logging.ERROR):
-        files = preload(settings_for(tmp_path, lora_preload=references))
+        files = AssetStore(settings_for(tmp_path)).preload(references, LORA)
     assert [file.reference for file in files] == [good, "hand"]
-    assert [record.getMessage().split(": ")[1] for record in caplog.records if "LORA_PRELOAD" in record.message]
-    for code in ("NOT_A_LORA", "LORA_NOT_FOUND"):
-        assert code in caplog.text
+    told = sorted(record.getMessage().split(": ")[1] for record in caplog.records)
+    assert told == ["LORA_NOT_FOUND", "LORA_NOT_FOUND", "NOT_A_LORA"]
     assert "hunter2" not in caplog.text
 
 
 def test_no_preload_does_nothing(tmp_path: Path):
-    assert preload(settings_for(tmp_path / "absent")) == []
+    assert AssetStore(settings_for(tmp_path / "absent")).preload([], LORA) == []
     assert not (tmp_path / "absent").exists()
 
 
@@ -50,9 +51,9 @@ def test_an_unforeseen_error_does_not_keep_the_worker_from_starting(
     def fail(*_arguments: object) -> None:
         raise RuntimeError("unforeseen")
 
-    monkeypatch.setattr(parallel, "resolve_lora", fail)
-    assert preload(settings_for(tmp_path, lora_preload="a")) == []
-    assert "LORA_PRELOAD" in caplog.text
+    monkeypatch.setattr(AssetStore, "get", fail)
+    assert AssetStore(settings_for(tmp_path)).preload(["a"], LORA) == []
+    assert "preload: one LoRA failed" in caplog.text
 
 
 def test_no_more_than_the_bound_at_once(server: FileServer, tmp_path: Path):

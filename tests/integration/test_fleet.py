@@ -76,7 +76,7 @@ def test_every_job_is_answered_once_and_each_lora_downloaded_once(fleet, queue: 
 
 def test_preloaded_loras_are_ready_and_one_that_fails_is_only_logged(fleet, queue: QueueServer):
     log = fleet.processes["w1"].text
-    assert "ERROR  | sdxl_worker.assets.parallel: LORA_PRELOAD: LORA_NOT_FOUND: " in log
+    assert "ERROR  | sdxl_worker.assets.store: preload: LORA_NOT_FOUND: " in log
     assert "output" in queue.answer(queue.submit({**SMALL, "loras": ["tiny-example"]}, worker="w1"))
 
 

@@ -110,9 +110,9 @@ def test_a_bad_file_put_there_by_hand_stays(settings, engine, run):
 
 def test_scale_0_has_only_to_be_a_reference(settings, run):
     zero = LoraScale.uniform(0)
-    assert make_ready([LoraSpec("nobody/asks", zero)], settings, lambda: pytest.fail("read"), run) == []
+    assert make_ready([LoraSpec("nobody/asks", zero)], AssetStore(settings), lambda: pytest.fail("read"), run) == []
     with pytest.raises(BadReference):
-        make_ready([LoraSpec("../x", zero)], settings, lambda: pytest.fail("read"), run)
+        make_ready([LoraSpec("../x", zero)], AssetStore(settings), lambda: pytest.fail("read"), run)
 
 
 def test_a_stopped_job_reads_nothing(settings, engine, run, server):
