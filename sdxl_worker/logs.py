@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
+from sdxl_worker.text import as_unicode
+
 current_job: contextvars.ContextVar[str | None] = contextvars.ContextVar("current_job", default=None)
 
 _LEVELS = {logging.DEBUG: "DEBUG", logging.INFO: "INFO", logging.WARNING: "WARN", logging.ERROR: "ERROR"}
@@ -21,8 +23,7 @@ def masked(text: str, secrets: Sequence[str] = ()) -> str:
     """`text` without the given secrets, and without the query and the user part of any URL; always valid Unicode."""
     for secret in secrets:
         text = text.replace(secret, "***")
-    text = _USER.sub(r"\1***@", _QUERY.sub(r"\1?***", text))
-    return text.encode("utf-8", "replace").decode("utf-8")
+    return as_unicode(_USER.sub(r"\1***@", _QUERY.sub(r"\1?***", text)))
 
 
 class RunPodHandler(logging.Handler):

@@ -14,6 +14,7 @@ from sdxl_worker.errors import InvalidRequest
 from sdxl_worker.generate.samplers import scheduler_names
 from sdxl_worker.lora.entries import REFERENCE_KEYS, finite, parse_lora_entries
 from sdxl_worker.request import GenerationRequest
+from sdxl_worker.text import is_clean, is_unicode, shown
 
 MAX_PROMPT_CHARACTERS = 10_000
 MAX_URL_CHARACTERS = 4_096
@@ -61,7 +62,7 @@ def _whole(low: int, high: int, step: int = 1) -> Check:
 
     def check(value: Any) -> str | None:
         good = _is_whole(value) and low <= value <= high and value % step == 0
-        return None if good else f"must be a whole number from {low} to {high}{extra}, not {_shown(value)}"
+        return None if good else f"must be a whole number from {low} to {high}{extra}, not {shown(value)}"
 
     return check
 
@@ -75,7 +76,7 @@ def _number(low: float, high: float, *, above: bool = False) -> Check:
         except ValueError:
             number = None
         good = number is not None and low <= number <= high and not (above and number == low)
-        return None if good else f"must be a number {bound} {low:g} to {high:g}, not {_shown(value)}"
+        return None if good else f"must be a number {bound} {low:g} to {high:g}, not {shown(value)}"
 
     return check
 
@@ -83,7 +84,7 @@ def _number(low: float, high: float, *, above: bool = False) -> Check:
 def _text(limit: int) -> Check:
     def check(value: Any) -> str | None:
         if not isinstance(value, str):
-            return f"must be a string, not {_shown(value)}"
+            return f"must be a string, not {shown(value)}"
         if len(value) > limit:
             return f"must have at most {limit} characters, not {len(value)}"
         return None if is_clean(value) else "holds a NUL or half of a surrogate pair"
@@ -101,21 +102,21 @@ def _url(value: Any) -> str | None:
 def _choice(names: tuple[str, ...]) -> Check:
     def check(value: Any) -> str | None:
         good = isinstance(value, str) and value in names
-        return None if good else f"must be one of {', '.join(names)}, not {_shown(value)}"
+        return None if good else f"must be one of {', '.join(names)}, not {shown(value)}"
 
     return check
 
 
 def _switch(value: Any) -> str | None:
-    return None if isinstance(value, bool) else f"must be true or false, not {_shown(value)}"
+    return None if isinstance(value, bool) else f"must be true or false, not {shown(value)}"
 
 
 def _loras(value: Any) -> str | None:
     if not isinstance(value, list):
-        return f"must be a list, not {_shown(value)}"
+        return f"must be a list, not {shown(value)}"
     if len(value) > MAX_LORAS:
         return f"may hold at most {MAX_LORAS} entries, not {len(value)}"
-    unclean = [str(index) for index, entry in enumerate(value) if not all(map(_is_unicode, _strings_of(entry)))]
+    unclean = [str(index) for index, entry in enumerate(value) if not all(map(is_unicode, _strings_of(entry)))]
     return f"hold half of a surrogate pair in entry {', '.join(unclean)}" if unclean else None
 
 
@@ -152,7 +153,7 @@ def validate_request(raw: Any) -> GenerationRequest:
     Malformed `loras` entries are skipped and named in `warnings`. Raises InvalidRequest, naming every problem.
     """
     if not isinstance(raw, dict):
-        raise InvalidRequest(f"input must be an object with at least a prompt, not {_shown(raw)}")
+        raise InvalidRequest(f"input must be an object with at least a prompt, not {shown(raw)}")
     problems = _field_problems(raw)
     values = {**_defaults(), **raw}
     sentences = [*problems.values(), *_combined_problems(values, problems)]
@@ -188,7 +189,7 @@ def _field_problems(raw: dict[str, Any]) -> dict[str, str]:
     on an integer that no float can hold.
     """
     ours = {name: f"{name} {problem}" for name, field in FIELDS.items() if (problem := _problem(name, field, raw))}
-    ours |= {name: f"{_shown(name)} is not an input field" for name in raw if name not in FIELDS}
+    ours |= {name: f"{shown(name)} is not an input field" for name in raw if name not in FIELDS}
     if ours:
         return ours
     given = {name: value for name, value in raw.items() if value is not None}
@@ -232,24 +233,3 @@ def _ignored(raw: Mapping[str, Any]) -> tuple[str, ...]:
 def _strings_of(entry: Any) -> list[str]:
     candidates = [entry, *(entry.get(key) for key in REFERENCE_KEYS)] if isinstance(entry, dict) else [entry]
     return [candidate for candidate in candidates if isinstance(candidate, str)]
-
-
-def _is_unicode(text: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def is_clean(text: str) -> bool:
-    """True when `text` can be sent on as UTF-8 and holds no NUL."""
-    return "\0" not in text and _is_unicode(text)
-
-
-def _shown(value: Any) -> str:
-    """A short ASCII form of a caller's value, whatever it is."""
-    if isinstance(value, dict | list):
-        return "an object" if isinstance(value, dict) else "a list"
-    if _is_whole(value) and value.bit_length() > 128:
-        return "a number that large"
-    names = {None: "null", True: "true", False: "false"}
-    text = names.get(value) if value is None or isinstance(value, bool) else None
-    shown = text or ascii(value[:60] if isinstance(value, str) else value)
-    return shown if len(shown) <= 80 else shown[:77] + "..."

@@ -13,6 +13,7 @@ from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 from sdxl_worker.assets.urls import canonical_url, mask, public_query, split_http_url
 from sdxl_worker.errors import BadReference
 from sdxl_worker.settings import Settings
+from sdxl_worker.text import is_unicode
 
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".bin")
 MAX_URL = 4096
@@ -150,7 +151,7 @@ def parse_reference(text: str, settings: Settings) -> Reference:
     reference = text.strip() if isinstance(text, str) else ""
     if not reference:
         raise BadReference("a LoRA reference is empty")
-    if "\\" in reference or not reference.isprintable() or not _encodable(reference):
+    if "\\" in reference or not reference.isprintable() or not is_unicode(reference):
         raise BadReference(f"the LoRA reference {mask(reference)} holds characters that are not allowed")
     for pattern, parse in _FORMS:
         if pattern.match(reference):
@@ -256,14 +257,6 @@ _FORMS: tuple[tuple[re.Pattern[str], Callable[[str, Settings], Reference]], ...]
     (re.compile(r"[^/]+/"), _parse_hub),
     (re.compile(r"[^/]+$"), _parse_cached),
 )
-
-
-def _encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # a lone surrogate
-        return False
-    return True
 
 
 def reference_key(reference: Reference) -> str:

@@ -12,7 +12,8 @@ from sdxl_worker.assets.safetensors_file import Header, read_header, read_tensor
 from sdxl_worker.errors import BadFile, LoraIncompatible
 from sdxl_worker.lora.base_models import UNKNOWN, detect_base_model
 from sdxl_worker.lora.keys import FileKeys, sort_keys
-from sdxl_worker.lora.metadata import clean_text, describe, peft_alphas
+from sdxl_worker.lora.metadata import describe, peft_alphas
+from sdxl_worker.text import clean_text
 
 if TYPE_CHECKING:
     import torch

@@ -16,7 +16,7 @@ from sdxl_worker.lora.file import LoraContent
 from sdxl_worker.lora.formats import Change, build_changes, map_tensors
 from sdxl_worker.lora.keys import TEXT_ENCODER, ResidentModules, split_module
 from sdxl_worker.lora.merge import Target
-from sdxl_worker.lora.metadata import clean_text
+from sdxl_worker.text import clean_text
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-_MAX_TEXT = 200
+from sdxl_worker.text import clean_text
+
 _MAX_WORDS = 20
 _MAX_TAGS = 10
 # A JSON text inside the metadata may be long (tag counts of a whole data set), but not without end.
@@ -46,16 +47,6 @@ def peft_alphas(metadata: Mapping[str, str]) -> dict[str, Any]:
             pattern = {str(key): float(alpha) for key, alpha in value.items() if _is_number(alpha)}
             found[f"{prefix}pattern"] = pattern
     return found
-
-
-def clean_text(text: object) -> str:
-    """One line of printable characters, at most 200 of them."""
-    if not isinstance(text, str):
-        return ""
-    text = re.sub(
-        r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]", " ", text[: 4 * _MAX_TEXT]
-    )
-    return " ".join(text.split())[:_MAX_TEXT]
 
 
 def _first(metadata: Mapping[str, str], *names: str) -> str:

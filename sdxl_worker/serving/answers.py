@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 from sdxl_worker.errors import ResponseTooLarge
+from sdxl_worker.text import as_unicode
 
 # https://docs.runpod.io/serverless/endpoints/operation-reference: 10 MB for /run, 20 MB for /runsync. Some of it is
 # kept for what RunPod adds around the answer.
@@ -25,7 +26,7 @@ def sendable(value: Any) -> Any:
     A lone surrogate or a type that JSON lacks means no answer at all, and NaN one that is not JSON.
     """
     if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode("utf-8")
+        return as_unicode(value)
     if isinstance(value, bool) or value is None or isinstance(value, int):
         return value
     if isinstance(value, float):
