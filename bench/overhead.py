@@ -67,7 +67,7 @@ def request_overhead(repeats: int, side: int, steps: int) -> dict[str, Any]:
     fields = {"prompt": "a lighthouse", "width": side, "height": side, "num_inference_steps": steps, "seed": 1}
     request = validate_request(fields)
     lines = JobLines()
-    jobs_logger = logging.getLogger("sdxl_worker.serving.jobs")
+    jobs_logger = logging.getLogger("sdxl_worker.job_run")
     jobs_logger.setLevel(logging.INFO)
     jobs_logger.addHandler(lines)
     jobs_logger.propagate = False

@@ -16,6 +16,7 @@ from PIL.Image import Image
 from sdxl_worker.assets.store import AssetStore
 from sdxl_worker.errors import Cancelled, WorkerError
 from sdxl_worker.generate.input_image import fetch_input_image
+from sdxl_worker.job_run import Denoising, JobRun, NoProgress, Progress
 from sdxl_worker.kinds import LORA
 from sdxl_worker.logs import current_job
 from sdxl_worker.lora.engine import AppliedLora, LoraEngine
@@ -24,9 +25,8 @@ from sdxl_worker.request import GenerationRequest, LoraSpec
 from sdxl_worker.serving.answers import answer_limit, check_size, sendable
 from sdxl_worker.serving.delivery import deliver
 from sdxl_worker.serving.faults import Health, as_worker_error
-from sdxl_worker.serving.jobs import JobRun
 from sdxl_worker.serving.mode import Mode
-from sdxl_worker.serving.progress import BarProgress, NoProgress, Progress, RunPodProgress, preview_jpeg
+from sdxl_worker.serving.progress import BarProgress, RunPodProgress, preview_jpeg
 from sdxl_worker.serving.turns import Turns
 from sdxl_worker.serving.upload import bucket_is_configured
 from sdxl_worker.settings import Settings
@@ -175,5 +175,5 @@ class Worker:
 
 def _after_step(run: JobRun, with_preview: bool, step: int, steps: int, latents: Any) -> None:
     run.check_stop()
-    preview = {"preview": functools.partial(preview_jpeg, latents)} if with_preview else {}
-    run.progress.update("denoising", step=step, steps=steps, **preview)
+    preview = functools.partial(preview_jpeg, latents) if with_preview else None
+    run.progress.update(Denoising(step, steps, preview))

@@ -19,8 +19,8 @@ from PIL import Image
 import handler
 from sdxl_worker.errors import RestoreFailed
 from sdxl_worker.generate.render import render
+from sdxl_worker.job_run import Denoising, JobRun, ProgressEvent
 from sdxl_worker.lora.engine import LoraEngine
-from sdxl_worker.serving.jobs import JobRun
 from sdxl_worker.serving.mode import Mode
 from sdxl_worker.settings import Settings
 from sdxl_worker.topology import EXAMPLE_LORA, write_example_lora
@@ -169,8 +169,11 @@ def test_row_50_a_cuda_error_asks_for_a_fresh_worker_and_no_job_runs_here_any_mo
         assert answer["refresh_worker"] is True
 
 
-def test_a_failed_restore_asks_for_a_fresh_worker(resident, monkeypatch):
-    monkeypatch.setattr(handler, "_unload_loras_from_pipeline", lambda _: (_ for _ in ()).throw(RestoreFailed("lost")))
+def test_a_failed_restore_asks_for_a_fresh_worker(resident, engine, monkeypatch):
+    def lost() -> None:
+        raise RestoreFailed("lost")
+
+    monkeypatch.setattr(engine, "restore", lost)
     answer = handler.generate_image({"input": WITH_LORA})
     assert answer == {"error": "RESTORE_FAILED: lost", "refresh_worker": True}
     assert handler.generate_image(job()) == {"error": "RESTORE_FAILED: lost", "refresh_worker": True}
@@ -184,12 +187,16 @@ def test_an_unforeseen_error_shows_nothing_and_is_logged(resident, monkeypatch, 
     assert "/private/path" in caplog.text
 
 
-def test_the_first_lora_is_inside_the_try(resident, monkeypatch):
-    restored: list[Any] = []
-    monkeypatch.setattr(handler, "_apply_loras_to_pipeline", lambda *_: (_ for _ in ()).throw(RuntimeError("half-way")))
-    monkeypatch.setattr(handler, "_unload_loras_from_pipeline", restored.append)
+def test_the_first_lora_is_taken_away_when_merging_fails_behind_it(resident, engine, monkeypatch):
+    before, apply = weights(resident.pipeline), engine.apply
+
+    def half_way(loras: Any) -> None:
+        apply(loras)
+        raise RuntimeError("half-way")
+
+    monkeypatch.setattr(engine, "apply", half_way)
     assert handler.generate_image({"input": WITH_LORA})["error"].startswith("INTERNAL: ")
-    assert len(restored) == 1
+    assert torch.equal(weights(resident.pipeline), before)
 
 
 def test_row_53_too_large(resident, monkeypatch):
@@ -208,8 +215,9 @@ def test_row_48_half_a_bucket_fails_before_any_work(resident, monkeypatch):
     monkeypatch.setattr(
         resident, "settings", Settings(bucket_endpoint_url="http://x", lora_cache_dir=resident.settings.lora_cache_dir)
     )
-    monkeypatch.setattr(handler, "render", None)
-    assert handler.generate_image(job())["error"].startswith("UPLOAD_FAILED: ")
+    failing_at_step(resident, monkeypatch, 1, AssertionError("rendered"))
+    answer = handler.generate_image(job(loras=["not-there"]))
+    assert answer["error"].startswith("UPLOAD_FAILED: the bucket is only half configured: set BUCKET_ACCESS_KEY_ID")
 
 
 def test_a_stopped_job_ends_at_the_next_step_and_restores(resident, monkeypatch):
@@ -218,10 +226,11 @@ def test_a_stopped_job_ends_at_the_next_step_and_restores(resident, monkeypatch)
     seen = []
 
     class Stop:
-        def update(self, stage: str, **facts: Any) -> None:
-            if facts.get("step") == 1:
+        def update(self, event: ProgressEvent) -> None:
+            step = event.step if isinstance(event, Denoising) else None
+            if step == 1:
                 run.cancel()
-            seen.append((stage, facts.get("step")))
+            seen.append((event.name, step))
 
         def close(self) -> None:
             seen.append(("closed", None))

@@ -7,7 +7,7 @@ from PIL.Image import Image
 from sdxl_worker.assets.fetch import fetch_bytes
 from sdxl_worker.errors import AccessDenied, BadReference, FetchError, InvalidRequest, NotFound
 from sdxl_worker.generate.images import MAX_INPUT_BYTES, read_input_image
-from sdxl_worker.serving.jobs import JobRun
+from sdxl_worker.job_run import JobRun
 from sdxl_worker.settings import Settings
 
 

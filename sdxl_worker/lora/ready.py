@@ -16,7 +16,7 @@ from sdxl_worker.lora.used import UsedLora
 from sdxl_worker.request import LoraSpec
 
 if TYPE_CHECKING:
-    from sdxl_worker.serving.jobs import JobRun
+    from sdxl_worker.job_run import JobRun
 
 logger = logging.getLogger(__name__)
 

@@ -7,9 +7,11 @@ import io
 import logging
 import threading
 import time
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
+
+from sdxl_worker.job_run import Denoising, Downloading, ProgressEvent
 
 if TYPE_CHECKING:
     import torch
@@ -30,26 +32,6 @@ _LATENT_TO_RGB = ((60.0, -60.0, 25.0, -70.0), (60.0, -5.0, 15.0, -50.0), (60.0, 
 _RGB_OFFSET = (150.0, 140.0, 130.0)
 
 
-class Progress(Protocol):
-    """Takes a job's updates from any thread; never raises into the job."""
-
-    def update(self, stage: str, **facts: Any) -> None:
-        """Report a stage with its numbers; a value that is callable is only called when the update is sent."""
-
-    def close(self) -> None:
-        """Take no more updates, and return only when none is on its way any more."""
-
-
-class NoProgress:
-    """Reports to nobody."""
-
-    def update(self, stage: str, **facts: Any) -> None:
-        """Nothing to do."""
-
-    def close(self) -> None:
-        """Nothing to do."""
-
-
 class RunPodProgress:
     """Sends updates through the SDK: at most one a second, and never two at a time.
 
@@ -57,71 +39,66 @@ class RunPodProgress:
     (https://github.com/runpod/runpod-python/issues/250), so `close` waits for the one on its way.
     """
 
-    _starting = threading.Lock()
-
     def __init__(self, job: dict[str, Any]) -> None:
         self._job = job
         self._lock = threading.Lock()
         self._closed = False
         self._last_sent = -MIN_SECONDS_BETWEEN_UPDATES
         self._last_stage = ""
-        self._in_flight: list[threading.Thread] = []
+        self._in_flight: threading.Thread | None = None
 
-    def update(self, stage: str, **facts: Any) -> None:
+    def update(self, event: ProgressEvent) -> None:
         with self._lock:
-            pause = MIN_SECONDS_BETWEEN_UPDATES if stage == self._last_stage else MIN_SECONDS_BETWEEN_STAGES
+            pause = MIN_SECONDS_BETWEEN_UPDATES if event.name == self._last_stage else MIN_SECONDS_BETWEEN_STAGES
             due = time.monotonic() - self._last_sent >= pause
-            if self._closed or not due or any(thread.is_alive() for thread in self._in_flight):
+            if self._closed or not due or (self._in_flight is not None and self._in_flight.is_alive()):
                 return
-            self._last_sent, self._last_stage = time.monotonic(), stage
+            self._last_sent, self._last_stage = time.monotonic(), event.name
             try:
-                made = {name: value() if callable(value) else value for name, value in facts.items()}
-                self._in_flight = self._send({"stage": stage, **made})
+                self._in_flight = self._send(event.as_json())
             except Exception:
                 # A job must not fail because its progress could not be told.
                 logger.warning("progress update failed", exc_info=True)
 
-    def _send(self, progress: dict[str, Any]) -> list[threading.Thread]:
-        """Start the SDK's update and return its thread, which the SDK keeps to itself."""
-        from runpod.serverless import progress_update
+    def _send(self, progress: dict[str, Any]) -> threading.Thread:
+        """Start the SDK's update in a thread of ours: the SDK's own `progress_update` keeps its thread to itself."""
+        from runpod.serverless.modules import rp_progress
 
-        with RunPodProgress._starting:
-            before = set(threading.enumerate())
-            progress_update(self._job, progress)
-            # Named after the SDK's target function; a test holds the SDK to it.
-            return [
-                thread
-                for thread in set(threading.enumerate()) - before
-                if thread.daemon and thread.name.endswith("(_thread_target)")
-            ]
+        thread = threading.Thread(target=rp_progress._thread_target, args=(self._job, progress), daemon=True)
+        thread.start()
+        return thread
 
     def close(self) -> None:
         with self._lock:
             self._closed = True
-        deadline = time.monotonic() + MAX_SECONDS_IN_FLIGHT
-        for thread in self._in_flight:
-            thread.join(max(0.0, deadline - time.monotonic()))
-            if thread.is_alive():
+        if self._in_flight is not None:
+            self._in_flight.join(MAX_SECONDS_IN_FLIGHT)
+            if self._in_flight.is_alive():
                 logger.warning("a progress update is still on its way after %g s", MAX_SECONDS_IN_FLIGHT)
 
 
 class BarProgress:
-    """A tqdm bar on stderr: one for the steps, with the stage in front."""
+    """A tqdm bar on stderr: the stage in front, then steps or bytes where the stage has them."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._bar: tqdm | None = None
 
-    def update(self, stage: str, **facts: Any) -> None:
+    def update(self, event: ProgressEvent) -> None:
         with self._lock:
             if self._bar is None:
-                self._bar = tqdm(total=None, unit="step", dynamic_ncols=True)
+                # Stages have no numbers of their own: without steps the bar is the stage's name.
+                self._bar = tqdm(desc=event.name, total=None, bar_format="{desc}{postfix}", dynamic_ncols=True)
             bar = self._bar
-            bar.set_description(stage, refresh=False)
-            if "steps" in facts:
-                bar.total, bar.n = facts["steps"], facts["step"]
-            total = f" of {facts['total_bytes'] / 1e6:.1f}" if facts.get("total_bytes") else ""
-            bar.set_postfix_str(f"{facts['bytes'] / 1e6:.1f}{total} MB" if "bytes" in facts else "", refresh=False)
+            bar.set_description_str(event.name, refresh=False)
+            if isinstance(event, Denoising):
+                bar.bar_format, bar.unit = None, "step"
+                bar.total, bar.n = event.steps, event.step
+            done = ""
+            if isinstance(event, Downloading):
+                total = f" of {event.total_bytes / 1e6:.1f}" if event.total_bytes else ""
+                done = f"{event.bytes / 1e6:.1f}{total} MB"
+            bar.set_postfix_str(done, refresh=False)
             bar.refresh()
 
     def close(self) -> None:

@@ -20,11 +20,11 @@ NAMES = ("w1", "w2", "w3", "w4")
 
 # A worker whose first step ends with the error of a lost CUDA context.
 BROKEN_DEVICE = """
-import sys, handler
-render = handler.render
+import sys, handler, sdxl_worker.serving.fitness  # whose probe keeps the render that works
+from sdxl_worker.generate import render
 def broken(*arguments, on_step=None, **options):
     raise RuntimeError("CUDA error: an illegal memory access was encountered")
-handler.render = broken
+render.render = broken
 sys.exit(handler.main())
 """
 

@@ -9,10 +9,10 @@ import pytest
 from sdxl_worker.assets.cache import read_sidecar
 from sdxl_worker.assets.store import AssetStore
 from sdxl_worker.errors import AssetFileError, BadReference, Cancelled, NotFound
+from sdxl_worker.job_run import JobRun
 from sdxl_worker.lora.engine import LoraEngine
 from sdxl_worker.lora.ready import make_ready
 from sdxl_worker.request import LoraScale, LoraSpec
-from sdxl_worker.serving.jobs import JobRun
 from sdxl_worker.serving.turns import Turns
 from sdxl_worker.settings import Settings
 from sdxl_worker.topology import write_example_lora

@@ -8,11 +8,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runpod.serverless.modules import rp_http, rp_progress
+from runpod.serverless.modules import rp_http
 
+from sdxl_worker.job_run import Denoising, Downloading, ProgressEvent, Stage
 from sdxl_worker.serving import progress as progress_module
 from sdxl_worker.serving.progress import BarProgress, RunPodProgress, preview_jpeg
 from tests.integration.queue_server import QueueServer
+
+# Only bounds a hang.
+PATIENCE = 60.0
 
 
 class Clock:
@@ -39,68 +43,67 @@ def queue(monkeypatch):
         yield server
 
 
+def landed(reporter: RunPodProgress) -> None:
+    """Wait for the update on its way, if there is one."""
+    if reporter._in_flight is not None:
+        reporter._in_flight.join(PATIENCE)
+
+
 def sent(queue: QueueServer) -> list[dict]:
     return [event.body["output"] for event in queue.of("progress")]
 
 
 def test_at_most_one_a_second_and_new_stages_sooner(queue, clock):
     reporter = RunPodProgress({"id": "j"})
-    steps = [
-        (0.0, "denoising", 1),
-        (0.5, "denoising", 2),
-        (1.1, "denoising", 3),
-        (1.2, "encoding", 4),
-        (1.4, "encoding", 5),
+    events: list[tuple[float, ProgressEvent]] = [
+        (0.0, Denoising(1, 8)),
+        (0.5, Denoising(2, 8)),
+        (1.1, Denoising(3, 8)),
+        (1.2, Stage("encoding")),
+        (1.4, Stage("encoding")),
+        (1.7, Stage("uploading")),
     ]
-    for at, stage, step in steps:
+    for at, event in events:
         clock.now = 100 + at
-        reporter.update(stage, step=step)
-        for thread in reporter._in_flight:
-            thread.join(10)
+        reporter.update(event)
+        landed(reporter)
     reporter.close()
-    assert [(entry["stage"], entry["step"]) for entry in sent(queue)] == [
-        ("denoising", 1),
-        ("denoising", 3),
-        ("encoding", 5),
+    assert sent(queue) == [
+        {"stage": "denoising", "step": 1, "steps": 8},
+        {"stage": "denoising", "step": 3, "steps": 8},
+        {"stage": "encoding"},
+        {"stage": "uploading"},
     ]
 
 
-def test_close_waits_for_the_update_on_its_way_and_takes_no_more(queue):
-    arrived, release = threading.Event(), threading.Event()
-
-    def hold(*_):
-        arrived.set()
-        release.wait(10)
-
-    queue.misbehave = hold
+def test_close_waits_for_the_update_on_its_way_and_takes_no_more(queue, monkeypatch):
+    release = threading.Event()
+    queue.misbehave = lambda *_: release.wait(PATIENCE) and None
     reporter = RunPodProgress({"id": "j"})
-    reporter.update("denoising", step=1)
-    assert arrived.wait(10)
-    assert reporter._in_flight, "the SDK names its thread differently: close() would not wait for it"
-    closer = threading.Thread(target=reporter.close)
-    closer.start()
-    closer.join(0.2)
-    assert closer.is_alive()
-    release.set()
-    closer.join(10)
-    assert not closer.is_alive()
-    assert len(sent(queue)) == 1
-    reporter.update("denoising", step=2)
-    assert not any(thread.is_alive() for thread in reporter._in_flight)
-    assert len(sent(queue)) == 1
+    reporter.update(Denoising(1, 8))
+    thread = reporter._in_flight
+    assert thread is not None
 
+    def join(timeout: float) -> None:
+        assert thread.is_alive()
+        release.set()
+        threading.Thread.join(thread, timeout)
 
-def test_the_thread_that_close_waits_for_is_the_sdk_s():
-    assert rp_progress._thread_target.__name__ == "_thread_target"
+    monkeypatch.setattr(thread, "join", join)
+    reporter.close()
+    assert not thread.is_alive()
+    assert len(sent(queue)) == 1
+    reporter.update(Denoising(2, 8))
+    assert reporter._in_flight is thread
 
 
 def test_never_two_at_a_time(queue, clock):
     release = threading.Event()
-    queue.misbehave = lambda *_: release.wait(10) and None
+    queue.misbehave = lambda *_: release.wait(PATIENCE) and None
     reporter = RunPodProgress({"id": "j"})
     for step in range(5):
         clock.now += 2
-        reporter.update("denoising", step=step)
+        reporter.update(Denoising(step, 8))
     release.set()
     reporter.close()
     assert [entry["step"] for entry in sent(queue)] == [0]
@@ -114,13 +117,13 @@ def test_values_are_made_only_when_sent_and_their_failure_is_not_the_jobs(queue,
         made.append("data:")
         return "data:"
 
-    reporter.update("denoising", preview=preview)
-    reporter.update("denoising", preview=preview)
+    reporter.update(Denoising(1, 8, preview))
+    reporter.update(Denoising(2, 8, preview))
     clock.now += 5
     reporter.close()
     assert made == ["data:"]
     broken = RunPodProgress({"id": "j"})
-    broken.update("denoising", preview=lambda: 1 / 0)
+    broken.update(Denoising(1, 8, lambda: str(1 / 0)))
     broken.close()
     assert "progress update failed" in caplog.text
 
@@ -137,11 +140,19 @@ def test_preview_is_a_small_jpeg_of_the_first_picture():
 
 def test_the_bar_shows_stage_steps_and_bytes(capsys):
     bar = BarProgress()
-    bar.update("downloading", bytes=1_500_000, total_bytes=None)
-    bar.update("downloading", bytes=2_000_000, total_bytes=4_000_000)
-    bar.update("denoising", step=2, steps=8)
+    for event in (
+        Stage("downloading"),
+        Downloading(1_500_000, None),
+        Downloading(2_000_000, 4_000_000),
+        Denoising(2, 8),
+        Stage("encoding"),
+    ):
+        bar.update(event)
     bar.close()
-    err = capsys.readouterr().err
-    assert "1.5 MB" in err
-    assert "2.0 of 4.0 MB" in err
-    assert "2/8" in err
+    shown = list(dict.fromkeys(line.strip() for line in capsys.readouterr().err.split("\r") if line.strip()))
+    assert shown[0] == "downloading"
+    assert shown[1].endswith("1.5 MB")
+    assert shown[2].endswith("2.0 of 4.0 MB")
+    assert shown[3].startswith("denoising:  25%")
+    assert "2/8" in shown[3]
+    assert shown[4].startswith("encoding")

@@ -7,23 +7,97 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 from sdxl_worker.errors import Cancelled
-from sdxl_worker.serving.progress import NoProgress, Progress
-from sdxl_worker.serving.turns import Ticket
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Stage:
+    """A stage began that has no numbers, or none yet."""
+
+    name: str
+
+    def as_json(self) -> dict[str, Any]:
+        """What RunPod is told."""
+        return {"stage": self.name}
+
+
+@dataclass(frozen=True)
+class Downloading:
+    """Bytes of all files that the job waits for; `total_bytes` is None until every one of them is known."""
+
+    bytes: int
+    total_bytes: int | None
+    name: ClassVar[str] = "downloading"
+
+    def as_json(self) -> dict[str, Any]:
+        """What RunPod is told."""
+        return {"stage": self.name, "bytes": self.bytes, "total_bytes": self.total_bytes}
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """`step` of `steps` is done; `preview` makes a data URI of where the picture stands, if one was asked for."""
+
+    step: int
+    steps: int
+    preview: Callable[[], str] | None = None
+    name: ClassVar[str] = "denoising"
+
+    def as_json(self) -> dict[str, Any]:
+        """What RunPod is told; makes the preview."""
+        entry = {"stage": self.name, "step": self.step, "steps": self.steps}
+        return entry if self.preview is None else {**entry, "preview": self.preview()}
+
+
+ProgressEvent = Stage | Downloading | Denoising
+
+
+class Progress(Protocol):
+    """Takes a job's events from any thread; never raises into the job. The sinks are in `serving.progress`."""
+
+    def update(self, event: ProgressEvent) -> None:
+        """Show the event, or leave it out when it comes too soon after another."""
+
+    def close(self) -> None:
+        """Take no more events, and return only when none is on its way any more."""
+
+
+class NoProgress:
+    """Tells nobody."""
+
+    def update(self, event: ProgressEvent) -> None:
+        """Nothing to do."""
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+class Place(Protocol):
+    """A job's place in the queue for the device, which is `serving.turns`."""
+
+    @property
+    def is_first(self) -> bool:
+        """True when it is this job's turn."""
+
+    def wait(self, check_stop: Callable[[], None]) -> None:
+        """Return when all earlier jobs have left; `check_stop` may raise meanwhile."""
+
+    def leave(self) -> None:
+        """Let the next one pass; leaving twice does no harm."""
+
+
 @dataclass
 class JobRun:
-    """What accompanies one job through its stages. `ticket` is its place in the queue for the device."""
+    """What accompanies one job through its stages."""
 
     job_id: str
-    ticket: Ticket
+    place: Place
     progress: Progress = field(default_factory=NoProgress)
     milliseconds: dict[str, float] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
@@ -45,7 +119,7 @@ class JobRun:
 
     def report_bytes(self, done: int, total: int | None) -> None:
         """Report a download's progress in bytes."""
-        self.progress.update("downloading", bytes=done, total_bytes=total)
+        self.progress.update(Downloading(done, total))
 
     @contextlib.contextmanager
     def measure(self, name: str) -> Iterator[None]:
@@ -60,25 +134,25 @@ class JobRun:
     def stage(self, name: str) -> Iterator[None]:
         """Report and measure a stage; a stopped job does not enter it but raises Cancelled."""
         self.check_stop()
-        self.progress.update(name)
+        self.progress.update(Stage(name))
         with self.measure(name):
             yield
 
     @contextlib.contextmanager
     def device(self) -> Iterator[None]:
         """Hold the device: wait for this job's turn (raises Cancelled when stopped meanwhile), and pass it on."""
-        if not self.ticket.is_first:
-            self.progress.update("queued")
+        if not self.place.is_first:
+            self.progress.update(Stage("queued"))
         with self.measure("queued"):
-            self.ticket.wait(self.check_stop)
+            self.place.wait(self.check_stop)
         try:
             yield
         finally:
-            self.ticket.leave()
+            self.place.leave()
 
     def finish(self, outcome: str) -> None:
         """Leave the queue, end the progress reports, and log one line: outcome, milliseconds per stage, facts."""
-        self.ticket.leave()
+        self.place.leave()
         with self.measure("last_update"):
             self.progress.close()
         stages = {name: round(spent, 1) for name, spent in self.milliseconds.items()}
