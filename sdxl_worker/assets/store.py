@@ -122,7 +122,8 @@ def resolve_lora(
 
 def _lora_file(entry: Entry, reference: Reference, *, cached: bool) -> AssetFile:
     sidecar = entry.sidecar
-    return AssetFile(entry.path, entry.path.name, reference.shown, sidecar.sha256, sidecar.size, cached)
+    autov3 = str(sidecar.facts.get("autov3", ""))
+    return AssetFile(entry.path, entry.path.name, reference.shown, sidecar.sha256, sidecar.size, cached, autov3)
 
 
 def _fresh_entry(task: _Task, path: Path) -> Entry | None:
@@ -220,12 +221,16 @@ def _download_into(folder: Path, task: _Task, located: Located) -> Entry:
 def _publish_rewritten(source: Path, path: Path, sidecar: Sidecar, located: Located, budget: Budget) -> Entry:
     """A pickle as safetensors, a PEFT adapter with its settings: what is published then has a sha256 of its own."""
     with temporary_file(path.parent, path.name) as (converted, _), temporary_file(path.parent, path.name) as (final, _):
-        if is_pickle(source):
+        was_pickle = is_pickle(source)
+        if was_pickle:
             pickle_to_safetensors(source, converted, located.suffix)
             source = converted
         metadata = _peft_metadata(located.peft_config, budget) if located.peft_config else {}
         add_metadata(source, final, metadata)
         facts = check_file(final)
+        if was_pickle:
+            # Others know a pickle by the hash of the whole file.
+            facts["autov3"] = sidecar.sha256[:12]
         return publish(final, path, replace(sidecar, sha256=file_sha256(final), **described(facts)))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import logging
+import functools
 import os
 import threading
 from collections import OrderedDict
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sdxl_worker.lora.file import LoraContent, LoraFacts, read_lora
+from sdxl_worker.lora.file import LoraContent, LoraFacts, autov3, read_lora
 from sdxl_worker.lora.formats import Change, map_tensors
 from sdxl_worker.lora.keys import COMPONENTS, ResidentModules
 from sdxl_worker.lora.match import Matched, match_lora
@@ -23,8 +23,6 @@ from sdxl_worker.request import LoraScale
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,6 +33,11 @@ class ParsedLora:
     warnings: tuple[str, ...]
     matched: Matched = field(repr=False)
     content: LoraContent = field(repr=False)
+
+    @functools.cached_property
+    def autov3(self) -> str:
+        """Computed when asked for: sidecars of today say it."""
+        return autov3(self.content.data)
 
     @property
     def size(self) -> int:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 # The largest float16. Beyond it a weight overflows on the GPU and the picture is black.
 MAX_VALUE = 65504.0
+# Hex digits.
+_AUTOV3 = 12
 
 # Role -> the name people know the format by; a file may mix several.
 _FORMATS = {
@@ -38,7 +41,8 @@ _FORMATS = {
 class LoraFacts:
     """What a LoRA file is, told from tensor names and shapes first and metadata second; every text is safe to show.
 
-    `rank` and `alpha` are the most common ones among the modules; `modules` counts what the file changes.
+    `rank` and `alpha` are the most common ones among the modules; `modules` counts what the file changes; `autov3` is
+    said by check_lora_file only.
     """
 
     format: str
@@ -54,6 +58,7 @@ class LoraFacts:
     resolution: str = ""
     trained_on: str = ""
     embeddings: tuple[str, ...] = ()
+    autov3: str = ""
 
     def as_json(self) -> dict[str, Any]:
         """JSON-ready, without what the file does not say."""
@@ -79,12 +84,13 @@ def check_lora_file(path: Path) -> LoraFacts:
     """
     header = read_header(path)
     keys = _sorted_keys(header)
-    alphas = {}
+    alphas, data = {}, hashlib.sha256()
     for name, tensor in stream_tensors(path):
         _check_values(name, tensor)
+        data.update(_bytes(tensor))
         if name.endswith(".alpha"):
             alphas[name] = tensor.clone()
-    return _facts(header, keys, alphas)
+    return replace(_facts(header, keys, alphas), autov3=data.hexdigest()[:_AUTOV3])
 
 
 def read_lora(path: Path, *, pinned: bool = False) -> LoraContent:
@@ -96,6 +102,20 @@ def read_lora(path: Path, *, pinned: bool = False) -> LoraContent:
     for name, tensor in tensors.items():
         _check_values(name, tensor)
     return LoraContent(_facts(header, keys, tensors), keys, header, data, tensors, peft_alphas(header.metadata))
+
+
+def autov3(data: torch.Tensor) -> str:
+    """The hash that A1111, Forge and Civitai look a safetensors LoRA up by: 12 hex digits of its data's SHA-256.
+
+    `data` is all that follows the header (uint8, 1-D); kohya's sd-scripts calls it `addnet_hash_safetensors`.
+    """
+    return hashlib.sha256(_bytes(data)).hexdigest()[:_AUTOV3]
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    import torch
+
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _sorted_keys(header: Header) -> FileKeys:

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sdxl_worker.assets.asset_file import AssetFile
 from sdxl_worker.assets.store import AssetStore
 from sdxl_worker.errors import AssetFileError, NotFound
+from sdxl_worker.job_run import JobRun
 from sdxl_worker.kinds import LORA
 from sdxl_worker.lora.engine import AppliedLora, LoraEngine, ParsedLora
 from sdxl_worker.lora.used import UsedLora
 from sdxl_worker.request import LoraSpec
-
-if TYPE_CHECKING:
-    from sdxl_worker.job_run import JobRun
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -32,7 +27,7 @@ class ReadyLora:
     @property
     def used(self) -> UsedLora:
         """What the picture's text says of it."""
-        return UsedLora(self.file.name, self.spec.scale, self.file.sha256[:10])
+        return UsedLora(self.file.name, self.spec.scale, self.file.autov3 or self.parsed.autov3)
 
     def as_json(self, applied: AppliedLora) -> dict[str, Any]:
         """The entry of the answer's `loras`, without what the file does not say."""

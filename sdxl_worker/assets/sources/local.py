@@ -93,12 +93,15 @@ def _converted_entry(reference: CachedReference, source: Path, settings: Setting
         check_size(source, settings)
         try:
             with temporary_file(path.parent, path.name) as (temporary, _handle):
-                if is_pickle(source):
+                was_pickle = is_pickle(source)
+                if was_pickle:
                     pickle_to_safetensors(source, temporary, source.suffix)
                 else:
                     # Somebody renamed a safetensors file; its content is what counts.
                     temporary.write_bytes(source.read_bytes())
                 facts = check_file(temporary)
+                if was_pickle:
+                    facts["autov3"] = file_sha256(source)[:12]
                 sidecar = Sidecar(reference.name, 0, 0, file_sha256(temporary), key=key, **described(facts))
                 sidecar = replace(sidecar, source_size=found.st_size, source_mtime_ns=found.st_mtime_ns)
                 return publish(temporary, path, sidecar)
