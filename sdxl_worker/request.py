@@ -39,10 +39,13 @@ class LoraSpec:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """A validated job. Sizes are in pixels; `seed` is in [0, 2**64 - 1]; `strength` is used with `image_url` only."""
+    """A validated job. Sizes are in pixels; `seed` is in [0, 2**64 - 1]; `strength` is used with `image_url` only.
+
+    A negative prompt of None reaches the pipeline as None, which is not the same picture as "".
+    """
 
     prompt: str
-    negative_prompt: str = ""
+    negative_prompt: str | None = None
     height: int = 1024
     width: int = 1024
     seed: int = 0

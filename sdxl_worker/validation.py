@@ -11,17 +11,15 @@ from typing import Any
 from runpod.serverless.utils.rp_validator import validate
 
 from sdxl_worker.errors import InvalidRequest
-from sdxl_worker.generate.samplers import scheduler_names
 from sdxl_worker.lora.entries import REFERENCE_KEYS, finite, parse_lora_entries
 from sdxl_worker.request import GenerationRequest
+from sdxl_worker.schedulers import SCHEDULERS, scheduler_names
 from sdxl_worker.text import is_clean, is_unicode, shown
 
 MAX_PROMPT_CHARACTERS = 10_000
 MAX_URL_CHARACTERS = 4_096
 MIN_SIDE, MAX_SIDE, SIDE_STEP = 64, 2048, 8
 MAX_STEPS = 200
-# PNDM starts with Runge-Kutta steps over its last four timesteps.
-MIN_STEPS = {"PNDM": 4}
 MAX_GUIDANCE = 100.0
 MAX_IMAGES = 2
 MAX_SEED = 2**64 - 1
@@ -126,7 +124,7 @@ def _or_null(check: Check) -> Check:
 
 FIELDS: dict[str, Field] = {
     "prompt": Field(str, _text(MAX_PROMPT_CHARACTERS), required=True),
-    "negative_prompt": Field(str, _or_null(_text(MAX_PROMPT_CHARACTERS)), ""),
+    "negative_prompt": Field(str, _or_null(_text(MAX_PROMPT_CHARACTERS))),
     "height": Field(int, _whole(MIN_SIDE, MAX_SIDE, SIDE_STEP), 1024),
     "width": Field(int, _whole(MIN_SIDE, MAX_SIDE, SIDE_STEP), 1024),
     "seed": Field(int, _or_null(_whole(0, MAX_SEED))),
@@ -162,7 +160,6 @@ def validate_request(raw: Any) -> GenerationRequest:
     specs, lora_warnings = parse_lora_entries(values["loras"])
     return GenerationRequest(
         **{name: values[name] for name in _COPIED},
-        negative_prompt=values["negative_prompt"] or "",
         seed=secrets.randbits(RANDOM_SEED_BITS) if values["seed"] is None else values["seed"],
         guidance_scale=float(values["guidance_scale"]),
         strength=float(values["strength"]),
@@ -173,7 +170,7 @@ def validate_request(raw: Any) -> GenerationRequest:
 
 
 _COPIED = (
-    *("prompt", "height", "width", "scheduler", "num_inference_steps", "num_images", "image_url"),
+    *("prompt", "negative_prompt", "height", "width", "scheduler", "num_inference_steps", "num_images", "image_url"),
     *("output_format", "output_quality", "preview"),
 )
 
@@ -210,8 +207,9 @@ def _combined_problems(values: Mapping[str, Any], bad: Collection[str]) -> list[
     if work > MAX_PIXEL_STEPS:
         problems.append(f"{' x '.join(factors)} is {work} and must be at most {MAX_PIXEL_STEPS}")
     scheduler, steps = values["scheduler"], values["num_inference_steps"]
-    if not {"scheduler", "num_inference_steps"} & set(bad) and steps < MIN_STEPS.get(scheduler, 1):
-        problems.append(f"scheduler {scheduler} needs num_inference_steps of at least {MIN_STEPS[scheduler]}")
+    least = 1 if {"scheduler", "num_inference_steps"} & set(bad) else SCHEDULERS[scheduler].min_steps
+    if "num_inference_steps" not in bad and steps < least:
+        problems.append(f"scheduler {scheduler} needs num_inference_steps of at least {least}")
     image_fields = {"image_url", "num_inference_steps", "strength"}
     to_image = not image_fields & set(bad) and values["image_url"] is not None
     if to_image and int(steps * values["strength"]) < 1:

@@ -130,7 +130,7 @@ class Worker:
         return answer
 
     def _answer(self, raw_input: Any, run: JobRun) -> dict[str, Any]:
-        from sdxl_worker.generate.render import unread_prompt
+        from sdxl_worker import prompts
 
         with run.measure("validating"):
             request = validate_request(raw_input)
@@ -144,7 +144,7 @@ class Worker:
         pairs = list(zip(ready, applied, strict=True))
         if request.loras_requested:
             answer["loras"] = [lora.as_json(done) for lora, done in pairs]
-        warnings += unread_prompt(pipeline, request)
+        warnings += prompts.unread(pipeline, request)
         warnings = [*request.warnings, *warnings, *(line for lora, done in pairs for line in lora.warnings(done))]
         return {**answer, "warnings": warnings} if warnings else answer
 

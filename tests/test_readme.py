@@ -20,9 +20,9 @@ from sdxl_worker.assets.references import (
     parse_reference,
 )
 from sdxl_worker.errors import AssetFileError, FetchError, WorkerError
-from sdxl_worker.generate.samplers import scheduler_names
 from sdxl_worker.lora.entries import parse_lora_entries
 from sdxl_worker.request import GenerationRequest
+from sdxl_worker.schedulers import scheduler_names
 from sdxl_worker.settings import Settings
 from tests.support.readme import README, ROOT, readme_table, unquoted
 

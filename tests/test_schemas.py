@@ -27,7 +27,7 @@ def problem(**fields) -> str:
 def test_defaults_are_the_documented_ones():
     request = validate_request(GOOD)
     assert (request.width, request.height, request.num_inference_steps, request.num_images) == (1024, 1024, 28, 1)
-    assert (request.scheduler, request.guidance_scale, request.negative_prompt) == ("K_EULER_ANCESTRAL", 5.5, "")
+    assert (request.scheduler, request.guidance_scale, request.negative_prompt) == ("K_EULER_ANCESTRAL", 5.5, None)
     assert (request.loras, request.loras_requested, request.warnings) == ((), False, ())
     assert (request.output_format, request.output_quality, request.preview) == ("png", 90, False)
 
@@ -187,7 +187,7 @@ def test_requests_for_runpods_own_worker_are_accepted():
             "seed": None,
         }
     )
-    assert (request.image_url, request.strength, request.negative_prompt) == ("https://example.com/a.png", 0.5, "")
+    assert (request.image_url, request.strength, request.negative_prompt) == ("https://example.com/a.png", 0.5, None)
     assert [warning.split()[0] for warning in request.warnings] == ["refiner_inference_steps", "high_noise_frac"]
 
 

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from pathlib import PurePosixPath
 from urllib.parse import urlsplit
 
-from sdxl_worker.generate.samplers import SCHEDULERS
 from sdxl_worker.lora.used import UsedLora, safe_name
 from sdxl_worker.request import GenerationRequest
+from sdxl_worker.schedulers import SCHEDULERS
 
 
 def image_seed(request: GenerationRequest, index: int) -> int:
@@ -33,7 +33,7 @@ def infotext(request: GenerationRequest, index: int, model_id: str, loras: Seque
         lines.append(f"Negative prompt: {request.negative_prompt}")
     facts = {
         "Steps": request.num_inference_steps,
-        "Sampler": SCHEDULERS[request.scheduler]["display"],
+        "Sampler": SCHEDULERS[request.scheduler].display_name,
         "CFG scale": f"{request.guidance_scale:g}",
         "Seed": image_seed(request, index),
         "Size": f"{request.width}x{request.height}",

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sdxl_worker import prompts
 from sdxl_worker.errors import GenerationError
-from sdxl_worker.generate.samplers import make_scheduler
+from sdxl_worker.generate import samplers, vae
+from sdxl_worker.generate.infotext import image_seed
+from sdxl_worker.generate.modes import mode_for
 from sdxl_worker.request import GenerationRequest
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
+    from diffusers import StableDiffusionXLPipeline
     from PIL.Image import Image
 
-logger = logging.getLogger(__name__)
-
 StepCallback = Callable[[int, int, torch.Tensor], None]
+
+# Two pictures of 1024 x 1024: what lora.merge.ACTIVATION_RESERVE leaves room for.
+MAX_BATCH_PIXELS = 2 * 1024 * 1024
 
 
 def render(
@@ -31,89 +34,59 @@ def render(
 ) -> list[Image]:
     """`request.num_images` RGB pictures of request.width x request.height pixels.
 
-    Picture i is drawn with the seed `(request.seed + i) % 2**64`, so each can be asked for again on its own.
-    With `init_image` (any size; cropped to the request's shape) the run is image-to-image on the same weights.
-    `on_step(step, total_steps, latents)` follows each step, latents being (num_images, 4, height / 8, width / 8) in
-    the UNet's dtype; an exception raised in it stops the run and propagates. The pipeline's scheduler is put back.
-    Raises GenerationError when the pictures hold values that are not finite.
+    Picture i is drawn with the seed `(request.seed + i) % 2**64`, so each can be asked for again on its own; several
+    are drawn at once as far as the memory kept free for it reaches. With `init_image` (any size; cropped to the
+    request's shape) the run is image-to-image on the same weights, and strength 0 gives that picture back.
+    `on_step(step, total_steps, latents)` follows each step, counted over all batches; latents are
+    (pictures of the batch, 4, height / 8, width / 8) in the UNet's dtype. An exception raised in it stops the run and
+    propagates. The pipeline is left as it was. Raises GenerationError when a picture holds values that are not finite.
     """
-    arguments: dict[str, Any] = {
-        "prompt": [request.prompt] * request.num_images,
-        "negative_prompt": [request.negative_prompt] * request.num_images,
-        "num_inference_steps": request.num_inference_steps,
-        "guidance_scale": request.guidance_scale,
-        "generator": [
-            torch.Generator(pipeline.device).manual_seed((request.seed + index) % 2**64)
-            for index in range(request.num_images)
-        ],
-        "output_type": "pt",
-    }
-    if on_step is not None:
-        arguments["callback_on_step_end"] = _step_callback(on_step)
-    with _resident_parts(pipeline, request.scheduler):
-        runner: Any = pipeline
-        if init_image is not None:
-            runner = _image_to_image(pipeline)
-            arguments |= {"image": _fit(init_image, request), "strength": request.strength}
-        else:
-            arguments |= {"height": request.height, "width": request.width}
-        pixels = runner(**arguments).images
+    inputs = {} if init_image is None else {"image_url": init_image}
+    mode = mode_for(inputs)
+    finished = mode.finished(request, inputs)
+    if finished is not None:
+        return [finished.copy() for _ in range(request.num_images)]
+    batches = batches_of(request)
+    pictures: list[Image] = []
+    with ExitStack() as changes:
+        changes.enter_context(samplers.applied(pipeline, request.scheduler))
+        changes.enter_context(vae.precision_kept(pipeline))
+        conditioning = changes.enter_context(prompts.applied(pipeline, request))
+        view = mode.view(pipeline)
+        arguments = {
+            **mode.arguments(request, inputs),
+            "num_inference_steps": request.num_inference_steps,
+            "guidance_scale": request.guidance_scale,
+            "output_type": "pt",
+        }
+        for index, batch in enumerate(batches):
+            if on_step is not None:
+                arguments["callback_on_step_end"] = _step_callback(on_step, index, len(batches))
+            seeds = [image_seed(request, picture) for picture in batch]
+            generators = [torch.Generator(pipeline.device).manual_seed(seed) for seed in seeds]
+            pixels = view(**arguments, **conditioning.arguments(len(batch)), generator=generators).images
+            pictures += _as_pictures(pipeline, pixels)
+    return pictures
+
+
+def batches_of(request: GenerationRequest) -> list[range]:
+    """The indices of the pictures that are drawn together."""
+    size = max(1, MAX_BATCH_PIXELS // (request.width * request.height))
+    everything = range(request.num_images)
+    return [everything[start : start + size] for start in range(0, request.num_images, size)]
+
+
+def _as_pictures(pipeline: StableDiffusionXLPipeline, pixels: torch.Tensor) -> list[Image]:
     if not torch.isfinite(pixels).all():
         raise GenerationError("the picture came out with values that are not numbers; try another seed, scale or VAE")
     processor = pipeline.image_processor
     return processor.numpy_to_pil(processor.pt_to_numpy(pixels))
 
 
-def unread_prompt(pipeline: StableDiffusionXLPipeline, request: GenerationRequest) -> list[str]:
-    """A sentence for each prompt that is longer than the text encoders read: diffusers cuts it off silently."""
-    sentences = []
-    for name in ("prompt", "negative_prompt"):
-        tokens = len(pipeline.tokenizer(getattr(request, name), verbose=False).input_ids)
-        limit = pipeline.tokenizer.model_max_length
-        if tokens > limit:
-            # Two of the places are taken by the start and the end of the text.
-            sentences.append(f"{name} has {tokens - 2} tokens; the model reads the first {limit - 2}")
-    return sentences
-
-
-def _step_callback(on_step: StepCallback) -> Callable[..., dict[str, torch.Tensor]]:
-    def after_step(runner: Any, step: int, _timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        on_step(step + 1, runner.num_timesteps, tensors["latents"])
+def _step_callback(on_step: StepCallback, batch: int, batches: int) -> Callable[..., dict[str, torch.Tensor]]:
+    def after_step(view: Any, step: int, _timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        steps = view.num_timesteps
+        on_step(batch * steps + step + 1, batches * steps, tensors["latents"])
         return {}
 
     return after_step
-
-
-@contextlib.contextmanager
-def _resident_parts(pipeline: StableDiffusionXLPipeline, scheduler_name: str) -> Iterator[None]:
-    """Render with the request's scheduler, and leave scheduler and VAE as they were whatever happens."""
-    scheduler, vae_dtype = pipeline.scheduler, pipeline.vae.dtype
-    pipeline.scheduler = make_scheduler(scheduler_name, scheduler.config)
-    try:
-        yield
-    finally:
-        pipeline.scheduler = scheduler
-        # A VAE that overflows in float16 is decoded in float32; an error in there leaves it so. The way back is exact.
-        if pipeline.vae.dtype != vae_dtype:
-            pipeline.vae.to(vae_dtype)
-
-
-def _image_to_image(pipeline: StableDiffusionXLPipeline) -> StableDiffusionXLImg2ImgPipeline:
-    """A view of the resident components: no second copy of any weight."""
-    from diffusers import StableDiffusionXLImg2ImgPipeline
-
-    view = StableDiffusionXLImg2ImgPipeline(
-        **pipeline.components,
-        force_zeros_for_empty_prompt=pipeline.config.force_zeros_for_empty_prompt,
-        add_watermarker=pipeline.watermark is not None,
-    )
-    view.set_progress_bar_config(disable=True)
-    return view
-
-
-def _fit(image: Image, request: GenerationRequest) -> Image:
-    from PIL import Image as PillowImage
-    from PIL import ImageOps
-
-    size = (request.width, request.height)
-    return ImageOps.fit(image.convert("RGB"), size, method=PillowImage.Resampling.LANCZOS)

@@ -1,28 +1,26 @@
-"""One table: the scheduler names of a request, and what diffusers calls them."""
+"""Render with the scheduler that a request names."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from sdxl_worker.schedulers import SCHEDULERS
+
 if TYPE_CHECKING:
-    from diffusers import SchedulerMixin
-
-# The display name is the one A1111, ComfyUI and Civitai show for the same sampler.
-SCHEDULERS: dict[str, dict[str, str]] = {
-    "PNDM": {"class": "PNDMScheduler", "display": "PLMS"},
-    "KLMS": {"class": "LMSDiscreteScheduler", "display": "LMS"},
-    "DDIM": {"class": "DDIMScheduler", "display": "DDIM"},
-    "K_EULER": {"class": "EulerDiscreteScheduler", "display": "Euler"},
-    "K_EULER_ANCESTRAL": {"class": "EulerAncestralDiscreteScheduler", "display": "Euler a"},
-    "DPMSolverMultistep": {"class": "DPMSolverMultistepScheduler", "display": "DPM++ 2M"},
-    "DPMSolverSinglestep": {"class": "DPMSolverSinglestepScheduler", "display": "DPM++ 2S"},
-}
+    from diffusers import SchedulerMixin, StableDiffusionXLPipeline
 
 
-def scheduler_names() -> tuple[str, ...]:
-    """The names a request may use, in the order of the documentation."""
-    return tuple(SCHEDULERS)
+@contextlib.contextmanager
+def applied(pipeline: StableDiffusionXLPipeline, name: str) -> Iterator[None]:
+    """Give the pipeline the scheduler `name`, and its own back whatever happens; raises KeyError for another name."""
+    resident = pipeline.scheduler
+    pipeline.scheduler = make_scheduler(name, resident.config)
+    try:
+        yield
+    finally:
+        pipeline.scheduler = resident
 
 
 def make_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
@@ -33,5 +31,6 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
     """
     import diffusers
 
-    scheduler_class: type[SchedulerMixin] = getattr(diffusers, SCHEDULERS[name]["class"])
-    return scheduler_class.from_config(dict(config))
+    scheduler = SCHEDULERS[name]
+    scheduler_class: type[SchedulerMixin] = getattr(diffusers, scheduler.class_name)
+    return scheduler_class.from_config(dict(config), **scheduler.options)

@@ -1,94 +1,134 @@
-"""Rendering: the same bits as plain diffusers, nothing left behind, and models loaded from every kind of place."""
+"""Rendering: the same bits as diffusers called without this worker, and nothing left behind."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from sdxl_worker import topology
-from sdxl_worker.errors import Cancelled, GenerationError, ModelUnavailable
-from sdxl_worker.generate.load import load_pipeline
-from sdxl_worker.generate.render import render, unread_prompt
-from sdxl_worker.generate.samplers import SCHEDULERS, make_scheduler, scheduler_names
+from sdxl_worker.errors import Cancelled, GenerationError
+from sdxl_worker.generate import render as render_module
+from sdxl_worker.generate.render import batches_of, render
 from sdxl_worker.request import GenerationRequest
-from sdxl_worker.settings import Settings
-from tests.support.lora_files import save, weight_hash
-from tests.support.single_file import save_single_file
+from tests.support.lora_files import weight_hash
+from tests.support.pictures import by_diffusers, farthest, image_to_image, same
 
-REQUEST = GenerationRequest("a lighthouse", "fog", height=64, width=96, seed=11, num_inference_steps=4)
-
-
-def _same(first: Image.Image, second: Image.Image) -> bool:
-    return np.array_equal(np.asarray(first), np.asarray(second))
-
-
-def _plain(pipeline, request: GenerationRequest, **arguments) -> Image.Image:
-    """The picture by diffusers alone, called as its documentation shows."""
-    resident = pipeline.scheduler
-    pipeline.scheduler = make_scheduler(request.scheduler, resident.config)
-    try:
-        return pipeline(
-            prompt=request.prompt,
-            negative_prompt=request.negative_prompt,
-            height=request.height,
-            width=request.width,
-            num_inference_steps=request.num_inference_steps,
-            guidance_scale=request.guidance_scale,
-            generator=torch.Generator().manual_seed(request.seed),
-            **arguments,
-        ).images[0]
-    finally:
-        pipeline.scheduler = resident
+REQUEST = GenerationRequest(
+    "a lighthouse", "fog", height=64, width=96, seed=11, num_inference_steps=4, guidance_scale=5.5
+)
+EULER_A = "EulerAncestralDiscreteScheduler"
+# REQUEST as the arguments of a diffusers call that names no negative prompt.
+BARE: dict[str, Any] = {
+    "prompt": "a lighthouse",
+    "height": 64,
+    "width": 96,
+    "num_inference_steps": 4,
+    "guidance_scale": 5.5,
+}
+START = Image.linear_gradient("L").convert("RGB").resize((96, 64))
+FROM_START: dict[str, Any] = {"prompt": "a lighthouse", "image": START, "num_inference_steps": 4, "guidance_scale": 5.5}
 
 
-@pytest.mark.parametrize("scheduler", scheduler_names())
-def test_same_bits_as_plain_diffusers(scheduler: str, pipeline):
-    request = replace(REQUEST, scheduler=scheduler)
-    assert _same(render(pipeline, request)[0], _plain(pipeline, request))
+@pytest.mark.parametrize(
+    ("scheduler", "scheduler_class"),
+    [
+        ("PNDM", "PNDMScheduler"),
+        ("KLMS", "LMSDiscreteScheduler"),
+        ("DDIM", "DDIMScheduler"),
+        ("K_EULER", "EulerDiscreteScheduler"),
+        ("K_EULER_ANCESTRAL", "EulerAncestralDiscreteScheduler"),
+        ("DPMSolverMultistep", "DPMSolverMultistepScheduler"),
+        ("DPMSolverSinglestep", "DPMSolverSinglestepScheduler"),
+    ],
+)
+def test_same_bits_as_diffusers(scheduler: str, scheduler_class: str, pipeline):
+    (expected,) = by_diffusers(pipeline, scheduler_class, **BARE, negative_prompt="fog")
+    assert same(render(pipeline, replace(REQUEST, scheduler=scheduler))[0], expected)
 
 
 @pytest.mark.parametrize("guidance_scale", [0.0, 1.0, 7.5])
 def test_same_bits_at_any_guidance(guidance_scale: float, pipeline):
-    request = replace(REQUEST, guidance_scale=guidance_scale)
-    assert _same(render(pipeline, request)[0], _plain(pipeline, request))
+    arguments = {**BARE, "guidance_scale": guidance_scale, "negative_prompt": "fog"}
+    (expected,) = by_diffusers(pipeline, EULER_A, **arguments)
+    assert same(render(pipeline, replace(REQUEST, guidance_scale=guidance_scale))[0], expected)
 
 
-def test_schedulers_are_the_ones_named():
-    for name in scheduler_names():
-        assert type(make_scheduler(name, topology.SCHEDULER_CONFIG)).__name__ == SCHEDULERS[name]["class"]
-    assert make_scheduler("DDIM", topology.SCHEDULER_CONFIG).config.beta_schedule == "scaled_linear"
+def test_without_a_negative_prompt_the_bits_are_those_of_a_call_that_names_none(pipeline):
+    (bare,) = by_diffusers(pipeline, EULER_A, **BARE)
+    (empty,) = by_diffusers(pipeline, EULER_A, **BARE, negative_prompt="")
+    assert not same(bare, empty)
+    assert same(render(pipeline, replace(REQUEST, negative_prompt=None))[0], bare)
+    assert same(render(pipeline, replace(REQUEST, negative_prompt=""))[0], empty)
 
 
-def test_the_second_picture_has_the_next_seed(pipeline):
+def test_image_to_image_without_a_negative_prompt_names_none(pipeline):
+    (bare,) = by_diffusers(image_to_image(pipeline), EULER_A, **FROM_START, strength=0.5)
+    (empty,) = by_diffusers(image_to_image(pipeline), EULER_A, **FROM_START, strength=0.5, negative_prompt="")
+    assert not same(bare, empty)
+    request = replace(REQUEST, strength=0.5)
+    assert same(render(pipeline, replace(request, negative_prompt=None), init_image=START)[0], bare)
+    assert same(render(pipeline, replace(request, negative_prompt=""), init_image=START)[0], empty)
+
+
+def test_two_pictures_without_a_negative_prompt_are_those_of_a_bare_call(pipeline):
+    expected = by_diffusers(pipeline, EULER_A, seeds=(11, 12), **{**BARE, "prompt": ["a lighthouse"] * 2})
+    actual = render(pipeline, replace(REQUEST, negative_prompt=None, num_images=2))
+    assert [same(*pair) for pair in zip(actual, expected, strict=True)] == [True, True]
+
+
+def test_each_picture_has_the_next_seed(pipeline):
     pair = render(pipeline, replace(REQUEST, num_images=2))
     alone = render(pipeline, replace(REQUEST, seed=REQUEST.seed + 1))[0]
     # A batch of two takes other kernels than a batch of one, so the last bit may differ.
-    assert np.abs(np.asarray(pair[1], np.int16) - np.asarray(alone, np.int16)).max() <= 1
+    assert farthest(pair[1], alone) <= 1
+    assert farthest(pair[0], alone) > 1
     assert pair[0].size == (96, 64)
-
-
-def test_a_prompt_that_is_cut_off_is_named(pipeline):
-    # One token per character with the tiny tokenizer, the spaces left out.
-    assert unread_prompt(pipeline, replace(REQUEST, prompt="a" * 75)) == []
-    long = replace(REQUEST, prompt="a" * 76, negative_prompt="b " * 100)
-    assert unread_prompt(pipeline, long) == [
-        "prompt has 76 tokens; the model reads the first 75",
-        "negative_prompt has 100 tokens; the model reads the first 75",
-    ]
 
 
 def test_the_largest_seed_wraps(pipeline):
     assert len(render(pipeline, replace(REQUEST, seed=2**64 - 1, num_images=2))) == 2
 
 
+@pytest.mark.parametrize(
+    ("width", "height", "pictures", "sizes"),
+    [
+        (1024, 1024, 1, [1]),
+        (1024, 1024, 2, [2]),
+        (1024, 1024, 3, [2, 1]),
+        (1024, 1024, 4, [2, 2]),
+        (512, 512, 4, [4]),
+        (1152, 896, 4, [2, 2]),
+        (1216, 1216, 3, [1, 1, 1]),
+        (2048, 2048, 2, [1, 1]),
+    ],
+)
+def test_no_more_is_drawn_at_once_than_two_pictures_of_1024(width: int, height: int, pictures: int, sizes: list[int]):
+    batches = batches_of(GenerationRequest("a", width=width, height=height, num_images=pictures))
+    assert [len(batch) for batch in batches] == sizes
+    assert [index for batch in batches for index in batch] == list(range(pictures))
+
+
+# PNDM's four Runge-Kutta steps call the UNet more than once each.
+@pytest.mark.parametrize(
+    ("scheduler", "total"), [("K_EULER_ANCESTRAL", 12), ("KLMS", 12), ("PNDM", 39), ("DPMSolverMultistep", 12)]
+)
+def test_pictures_of_several_batches_are_those_of_their_seeds(scheduler: str, total: int, pipeline, monkeypatch):
+    monkeypatch.setattr(render_module, "MAX_BATCH_PIXELS", 64 * 96)
+    request = replace(REQUEST, scheduler=scheduler, num_images=3)
+    steps: list[tuple[int, int]] = []
+    pictures = render(pipeline, request, on_step=lambda step, total, _latents: steps.append((step, total)))
+    alone = [render(pipeline, replace(request, seed=seed, num_images=1))[0] for seed in (11, 12, 13)]
+    assert [same(*pair) for pair in zip(pictures, alone, strict=True)] == [True] * 3
+    assert steps == [(step, total) for step in range(1, total + 1)]
+
+
 def test_nothing_is_left_behind(pipeline):
     before, scheduler = weight_hash(pipeline), pipeline.scheduler
-    for name in scheduler_names():
+    for name in ("PNDM", "KLMS", "DPMSolverMultistep"):
         render(pipeline, replace(REQUEST, scheduler=name))
     assert pipeline.scheduler is scheduler
     assert weight_hash(pipeline) == before
@@ -99,9 +139,8 @@ def test_steps_are_reported_and_change_no_bit(pipeline):
     pictures = render(
         pipeline, REQUEST, on_step=lambda step, total, latents: steps.append((step, total, latents.shape))
     )
-    assert [(step, total) for step, total, _ in steps] == [(1, 4), (2, 4), (3, 4), (4, 4)]
-    assert steps[0][2] == (1, 4, 8, 12)
-    assert _same(pictures[0], _plain(pipeline, REQUEST))
+    assert steps == [(step, 4, (1, 4, 8, 12)) for step in (1, 2, 3, 4)]
+    assert same(pictures[0], render(pipeline, REQUEST)[0])
 
 
 def test_an_exception_in_a_step_stops_the_run(pipeline):
@@ -117,27 +156,32 @@ def test_an_exception_in_a_step_stops_the_run(pipeline):
     assert weight_hash(pipeline) == before
 
 
-def test_image_to_image_follows_the_picture_and_shares_the_weights(pipeline):
-    from diffusers import StableDiffusionXLImg2ImgPipeline
-
-    start = Image.linear_gradient("L").convert("RGB").resize((96, 64))
-    request = replace(REQUEST, strength=0.5, num_inference_steps=6)
-    actual = render(pipeline, request, init_image=start)[0]
-    view = StableDiffusionXLImg2ImgPipeline(
-        **{**pipeline.components, "scheduler": make_scheduler(request.scheduler, pipeline.scheduler.config)}
+@pytest.mark.parametrize(("strength", "steps"), [(0.5, 2), (1.0, 4)])
+def test_image_to_image_follows_the_picture(strength: float, steps: int, pipeline):
+    (expected,) = by_diffusers(
+        image_to_image(pipeline), EULER_A, **FROM_START, strength=strength, negative_prompt="fog"
     )
-    view.set_progress_bar_config(disable=True)
-    expected = view(
-        prompt=request.prompt,
-        negative_prompt=request.negative_prompt,
-        image=start,
-        strength=0.5,
-        num_inference_steps=6,
-        guidance_scale=request.guidance_scale,
-        generator=torch.Generator().manual_seed(request.seed),
-    ).images[0]
-    assert _same(actual, expected)
-    assert not _same(actual, render(pipeline, request)[0])
+    seen: list[tuple[int, int]] = []
+    request = replace(REQUEST, strength=strength)
+    (actual,) = render(
+        pipeline, request, init_image=START, on_step=lambda step, total, _latents: seen.append((step, total))
+    )
+    assert same(actual, expected)
+    assert seen == [(step, steps) for step in range(1, steps + 1)]
+    assert not same(actual, render(pipeline, request)[0])
+
+
+def _no_step(step: int, _total: int, _latents: torch.Tensor) -> None:
+    raise AssertionError(f"step {step} of nothing to denoise")
+
+
+def test_strength_0_gives_the_fitted_picture_back(pipeline):
+    start = Image.linear_gradient("L").resize((192, 200))
+    pictures = render(pipeline, replace(REQUEST, strength=0.0, num_images=2), init_image=start, on_step=_no_step)
+    # Two thirds as wide as high: as much is cut off above as below.
+    middle = start.convert("RGB").crop((0, 36, 192, 164)).resize((96, 64), Image.Resampling.LANCZOS)
+    assert [farthest(picture, middle) <= 1 for picture in pictures] == [True, True]
+    assert pictures[0] is not pictures[1]
 
 
 def test_a_start_picture_of_another_shape_is_cropped_to_the_request(pipeline):
@@ -168,64 +212,3 @@ def test_a_vae_left_in_float32_is_put_back(monkeypatch):
     with pytest.raises(RuntimeError, match="say"):
         render(pipeline, REQUEST)
     assert weight_hash(pipeline) == before
-
-
-def _settings(tmp_path: Path, model_id: object) -> Settings:
-    return Settings.from_environment({"MODEL_ID": str(model_id), "LORA_CACHE_DIR": str(tmp_path / "loras")})
-
-
-def test_tiny_is_the_same_every_time_and_brings_its_lora(tmp_path: Path):
-    first, second = (load_pipeline(_settings(tmp_path, "tiny")) for _ in range(2))
-    assert weight_hash(first) == weight_hash(second)
-    assert (tmp_path / "loras" / topology.EXAMPLE_LORA).is_file()
-    assert not any(parameter.requires_grad for parameter in first.unet.parameters())
-
-
-def test_a_local_folder_is_served(pipeline, tmp_path: Path):
-    pipeline.save_pretrained(tmp_path / "model")
-    loaded = load_pipeline(_settings(tmp_path, tmp_path / "model"))
-    assert _same(render(loaded, REQUEST)[0], render(pipeline, REQUEST)[0])
-
-
-def test_half_precision_weights_of_a_folder_are_used(pipeline, tmp_path: Path):
-    pipeline.save_pretrained(tmp_path / "model", variant="fp16")
-    loaded = load_pipeline(_settings(tmp_path, tmp_path / "model"))
-    assert _same(render(loaded, REQUEST)[0], render(pipeline, REQUEST)[0])
-
-
-def test_a_single_file_is_served(pipeline, tmp_path: Path):
-    checkpoint = save_single_file(pipeline, tmp_path / "model.safetensors")
-    # The configs and tokenizers, without weights.
-    pipeline.save_pretrained(tmp_path / "model")
-    for weights in (tmp_path / "model").glob("*/*.safetensors"):
-        weights.unlink()
-    loaded = load_pipeline(_settings(tmp_path, checkpoint))
-    assert _same(render(loaded, REQUEST)[0], render(pipeline, REQUEST)[0])
-
-
-def test_a_single_file_that_is_no_sdxl_is_one_sentence(tmp_path: Path):
-    checkpoint = save(tmp_path / "model.safetensors", {"a": torch.ones(1)})
-    with pytest.raises(ModelUnavailable, match=r"model\.safetensors cannot be loaded"):
-        load_pipeline(_settings(tmp_path, checkpoint))
-
-
-@pytest.mark.parametrize("model_id", ["missing/folder/of/model", "nobody/nothing", "/nowhere/model.safetensors"])
-def test_a_missing_model_is_one_sentence(model_id: str, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("sdxl_worker.generate.base_model.RETRY_S", 0.0)
-    with pytest.raises(ModelUnavailable, match="MODEL_ID"):
-        load_pipeline(_settings(tmp_path, model_id))
-
-
-def test_a_broken_model_is_one_sentence(pipeline, tmp_path: Path):
-    pipeline.save_pretrained(tmp_path / "model")
-    (tmp_path / "model" / "unet" / "config.json").write_text("{}")
-    with pytest.raises(ModelUnavailable, match="not a complete SDXL model"):
-        load_pipeline(_settings(tmp_path, tmp_path / "model"))
-
-
-@pytest.mark.gpu
-def test_half_precision_on_the_gpu_gives_the_same_bits_twice(tmp_path: Path):
-    pipeline = load_pipeline(_settings(tmp_path, "tiny"))
-    assert pipeline.device.type == "cuda"
-    assert pipeline.unet.dtype == torch.float16
-    assert _same(render(pipeline, REQUEST)[0], render(pipeline, REQUEST)[0])

@@ -1,0 +1,81 @@
+"""The ways to render, in one table: what each needs, which diffusers pipeline it runs, and what that is called with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image, ImageOps
+
+from sdxl_worker.request import GenerationRequest
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionXLPipeline
+
+# The pictures that a request's URLs led to, by the name of the field.
+Inputs = Mapping[str, Image.Image]
+
+
+def _draws_always(_request: GenerationRequest, _inputs: Inputs) -> Image.Image | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One way to render.
+
+    `needs` are the request's fields whose pictures it starts from; `class_name` is the diffusers pipeline that it runs
+    on the resident components; `arguments` are those of the call beside prompts, seeds and steps; `finished` gives the
+    picture where there is nothing to denoise, else None.
+    """
+
+    needs: frozenset[str]
+    class_name: str
+    arguments: Callable[[GenerationRequest, Inputs], dict[str, Any]]
+    finished: Callable[[GenerationRequest, Inputs], Image.Image | None] = _draws_always
+
+    def view(self, pipeline: StableDiffusionXLPipeline) -> Any:
+        """The mode's pipeline on the resident components: no second copy of any weight."""
+        import diffusers
+
+        if type(pipeline).__name__ == self.class_name:
+            return pipeline
+        view = getattr(diffusers, self.class_name)(
+            **pipeline.components,
+            force_zeros_for_empty_prompt=pipeline.config.force_zeros_for_empty_prompt,
+            add_watermarker=pipeline.watermark is not None,
+        )
+        view.set_progress_bar_config(disable=True)
+        return view
+
+
+def mode_for(inputs: Inputs) -> Mode:
+    """The mode that needs exactly these pictures; raises KeyError when there is none."""
+    return MODES[frozenset(inputs)]
+
+
+def fitted(image: Image.Image, request: GenerationRequest) -> Image.Image:
+    """`image` (any mode and size) as RGB, scaled and cropped in its middle to the request's width and height."""
+    size = (request.width, request.height)
+    return ImageOps.fit(image.convert("RGB"), size, method=Image.Resampling.LANCZOS)
+
+
+def _text_arguments(request: GenerationRequest, _inputs: Inputs) -> dict[str, Any]:
+    return {"height": request.height, "width": request.width}
+
+
+def _image_arguments(request: GenerationRequest, inputs: Inputs) -> dict[str, Any]:
+    return {"image": fitted(inputs["image_url"], request), "strength": request.strength}
+
+
+def _image_finished(request: GenerationRequest, inputs: Inputs) -> Image.Image | None:
+    return fitted(inputs["image_url"], request) if request.strength == 0 else None
+
+
+_ALL = (
+    Mode(frozenset(), "StableDiffusionXLPipeline", _text_arguments),
+    Mode(frozenset({"image_url"}), "StableDiffusionXLImg2ImgPipeline", _image_arguments, _image_finished),
+)
+MODES: Mapping[frozenset[str], Mode] = MappingProxyType({mode.needs: mode for mode in _ALL})

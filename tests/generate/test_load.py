@@ -1,0 +1,83 @@
+"""The resident pipeline, loaded from every kind of place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sdxl_worker import topology
+from sdxl_worker.errors import ModelUnavailable
+from sdxl_worker.generate.load import load_pipeline
+from sdxl_worker.generate.render import render
+from sdxl_worker.request import GenerationRequest
+from sdxl_worker.settings import Settings
+from tests.support.lora_files import save, weight_hash
+from tests.support.pictures import farthest, same
+from tests.support.single_file import save_single_file
+
+REQUEST = GenerationRequest("a lighthouse", "fog", height=64, width=96, seed=11, num_inference_steps=4)
+
+
+def _settings(tmp_path: Path, model_id: object) -> Settings:
+    return Settings.from_environment({"MODEL_ID": str(model_id), "LORA_CACHE_DIR": str(tmp_path / "loras")})
+
+
+def test_tiny_is_thesame_every_time_and_brings_its_lora(tmp_path: Path):
+    first, second = (load_pipeline(_settings(tmp_path, "tiny")) for _ in range(2))
+    assert weight_hash(first) == weight_hash(second)
+    assert (tmp_path / "loras" / topology.EXAMPLE_LORA).is_file()
+    assert not any(parameter.requires_grad for parameter in first.unet.parameters())
+
+
+def test_a_local_folder_is_served(pipeline, tmp_path: Path):
+    pipeline.save_pretrained(tmp_path / "model")
+    loaded = load_pipeline(_settings(tmp_path, tmp_path / "model"))
+    # Weights at another alignment in memory: CPU kernels may round the last bit differently.
+    assert farthest(render(loaded, REQUEST)[0], render(pipeline, REQUEST)[0]) <= 1
+
+
+def test_half_precision_weights_of_a_folder_are_used(pipeline, tmp_path: Path):
+    pipeline.save_pretrained(tmp_path / "model", variant="fp16")
+    loaded = load_pipeline(_settings(tmp_path, tmp_path / "model"))
+    # Weights at another alignment in memory: CPU kernels may round the last bit differently.
+    assert farthest(render(loaded, REQUEST)[0], render(pipeline, REQUEST)[0]) <= 1
+
+
+def test_a_single_file_is_served(pipeline, tmp_path: Path):
+    checkpoint = save_single_file(pipeline, tmp_path / "model.safetensors")
+    # The configs and tokenizers, without weights.
+    pipeline.save_pretrained(tmp_path / "model")
+    for weights in (tmp_path / "model").glob("*/*.safetensors"):
+        weights.unlink()
+    loaded = load_pipeline(_settings(tmp_path, checkpoint))
+    assert farthest(render(loaded, REQUEST)[0], render(pipeline, REQUEST)[0]) <= 1
+
+
+def test_a_single_file_that_is_no_sdxl_is_one_sentence(tmp_path: Path):
+    checkpoint = save(tmp_path / "model.safetensors", {"a": torch.ones(1)})
+    with pytest.raises(ModelUnavailable, match=r"model\.safetensors cannot be loaded"):
+        load_pipeline(_settings(tmp_path, checkpoint))
+
+
+@pytest.mark.parametrize("model_id", ["missing/folder/of/model", "nobody/nothing", "/nowhere/model.safetensors"])
+def test_a_missing_model_is_one_sentence(model_id: str, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("sdxl_worker.generate.base_model.RETRY_S", 0.0)
+    with pytest.raises(ModelUnavailable, match="MODEL_ID"):
+        load_pipeline(_settings(tmp_path, model_id))
+
+
+def test_a_broken_model_is_one_sentence(pipeline, tmp_path: Path):
+    pipeline.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "unet" / "config.json").write_text("{}")
+    with pytest.raises(ModelUnavailable, match="not a complete SDXL model"):
+        load_pipeline(_settings(tmp_path, tmp_path / "model"))
+
+
+@pytest.mark.gpu
+def test_half_precision_on_the_gpu_gives_thesame_bits_twice(tmp_path: Path):
+    pipeline = load_pipeline(_settings(tmp_path, "tiny"))
+    assert pipeline.device.type == "cuda"
+    assert pipeline.unet.dtype == torch.float16
+    assert same(render(pipeline, REQUEST)[0], render(pipeline, REQUEST)[0])

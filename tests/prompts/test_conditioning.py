@@ -1,0 +1,15 @@
+"""What the prompts of a request become, and what of them the model does not read."""
+
+from __future__ import annotations
+
+from sdxl_worker import prompts
+from sdxl_worker.request import GenerationRequest
+
+
+def test_a_prompt_that_is_cut_off_is_named(pipeline):
+    # One token per character with the tiny tokenizer, the spaces left out.
+    assert prompts.unread(pipeline, GenerationRequest("a" * 75)) == []
+    assert prompts.unread(pipeline, GenerationRequest("a" * 76, "b " * 100)) == [
+        "prompt has 76 tokens; the model reads the first 75",
+        "negative_prompt has 100 tokens; the model reads the first 75",
+    ]
