@@ -12,10 +12,11 @@ from sdxl_worker.assets.cache import prepare_folder
 from sdxl_worker.assets.eviction import list_cache, prune, verify
 from sdxl_worker.assets.report import listed_json, lora_facts, write_facts, write_json, write_list, write_table
 from sdxl_worker.assets.store import AssetStore
-from sdxl_worker.assets.urls import mask
 from sdxl_worker.errors import WorkerError
 from sdxl_worker.generate.base_model import find_base_model, find_vae
 from sdxl_worker.kinds import LORA
+from sdxl_worker.logs import quiet_http_libraries
+from sdxl_worker.masking import mask
 from sdxl_worker.settings import Settings
 
 
@@ -59,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; the exit status is 0 when everything asked for worked, else 1."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    quiet_http_libraries()
     try:
         settings = Settings.from_environment()
         return next(act for name, act in _ACTIONS if getattr(options, name))(options, settings)

@@ -5,25 +5,33 @@ from __future__ import annotations
 import contextvars
 import logging
 import os
-import re
 from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from sdxl_worker.text import as_unicode
+from sdxl_worker.masking import mask_urls
 
 current_job: contextvars.ContextVar[str | None] = contextvars.ContextVar("current_job", default=None)
 
 _LEVELS = {logging.DEBUG: "DEBUG", logging.INFO: "INFO", logging.WARNING: "WARN", logging.ERROR: "ERROR"}
-_QUERY = re.compile(r"(?i)(\bhttps?://[^\s?#'\"<>]*)[?#][^\s'\"<>)\]]*")
-_USER = re.compile(r"(?i)(\bhttps?://)[^\s/@'\"<>]+@")
+# Their INFO and DEBUG lines hold whole URLs, with tokens and signatures in the queries.
+_HTTP_LIBRARIES = (
+    *("urllib3", "requests", "httpx", "httpcore", "httpcore2", "hpack", "h11", "aiohttp"),
+    *("huggingface_hub", "botocore", "boto3", "s3transfer"),
+)
 
 
 def masked(text: str, secrets: Sequence[str] = ()) -> str:
     """`text` without the given secrets, and without the query and the user part of any URL; always valid Unicode."""
     for secret in secrets:
         text = text.replace(secret, "***")
-    return as_unicode(_USER.sub(r"\1***@", _QUERY.sub(r"\1?***", text)))
+    return mask_urls(text)
+
+
+def quiet_http_libraries() -> None:
+    """Keep HTTP libraries to warnings, whatever level the root logger has. Called wherever logging is configured."""
+    for name in _HTTP_LIBRARIES:
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 class RunPodHandler(logging.Handler):
@@ -57,4 +65,5 @@ def configure_logging(secrets: Sequence[str]) -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[RunPodHandler(secrets)], force=True)
     for name in ("handler", "sdxl_worker", "download_weights"):
         logging.getLogger(name).setLevel(logging.INFO)
+    quiet_http_libraries()
     logging.captureWarnings(True)

@@ -35,6 +35,13 @@ def clean_text(value: object, limit: int = 200) -> str:
     return " ".join(_UNPRINTABLE.sub(" ", value[: 4 * limit]).split())[:limit]
 
 
+def ascii_line(text: str, limit: int = 200) -> str:
+    """One line of at most `limit` printable ASCII characters, with a question mark for every other."""
+    text = text[: limit + 1].encode("ascii", "replace").decode()
+    line = "".join(letter if letter.isprintable() else "?" for letter in text)
+    return line if len(line) <= limit else f"{line[: limit - 3]}..."
+
+
 def shown(value: Any) -> str:
     """A short ASCII form of a caller's value, whatever it is."""
     if isinstance(value, dict | list):

@@ -4,15 +4,14 @@ import logging
 
 import pytest
 
-from sdxl_worker.logs import RunPodHandler, current_job, masked
+from sdxl_worker.logs import RunPodHandler, current_job, masked, quiet_http_libraries
 
 
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
-        ("get https://a.b/c?token=x&y=1 now", "get https://a.b/c?*** now"),
-        ("'https://user:word@a.b/c'", "'https://***@a.b/c'"),
-        ("(https://a.b/c#frag)", "(https://a.b/c?***)"),
+        ("get https://user:word@a.b/c?token=x&y=1 now", "get https://***@a.b/c?*** now"),
+        ("from bob:word@host/x", "from bob:***@host/x"),
         ("Bearer hf_secret", "Bearer ***"),
         ("half \ud800 pair", "half ? pair"),
         ("what? no URL", "what? no URL"),
@@ -46,3 +45,17 @@ def test_on_runpod_lines_are_json(capsys: pytest.CaptureFixture[str], monkeypatc
     logger.addHandler(RunPodHandler([]))
     logger.warning("hello")
     assert '"message": "part: hello", "level": "WARN"' in capsys.readouterr().out
+
+
+HTTP_LIBRARIES = ("urllib3.connectionpool", "requests", "httpx", "httpcore.http11", "huggingface_hub", "botocore.auth")
+
+
+def test_http_libraries_say_nothing_below_a_warning(monkeypatch: pytest.MonkeyPatch):
+    for name in {*HTTP_LIBRARIES, *(name.partition(".")[0] for name in HTTP_LIBRARIES)}:
+        monkeypatch.setattr(logging.getLogger(name), "level", logging.NOTSET)
+    monkeypatch.setattr(logging.getLogger(), "level", logging.DEBUG)
+    logging.getLogger().manager._clear_cache()  # type: ignore[attr-defined]  # what setLevel does
+    quiet_http_libraries()
+    for name in HTTP_LIBRARIES:
+        assert not logging.getLogger(name).isEnabledFor(logging.INFO)
+        assert logging.getLogger(name).isEnabledFor(logging.WARNING)

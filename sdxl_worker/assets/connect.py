@@ -21,14 +21,11 @@ import requests
 from requests.adapters import HTTPAdapter
 
 from sdxl_worker.assets.budget import TICK_S, Budget, run_within
-from sdxl_worker.assets.urls import mask, split_http_url
+from sdxl_worker.assets.urls import split_http_url
 from sdxl_worker.errors import AccessDenied, BlockedAddress, FetchFailed
+from sdxl_worker.masking import mask
 
 logger = logging.getLogger(__name__)
-
-# Their debug lines hold whole URLs, with tokens and signatures in the queries.
-for _name in ("urllib3.connectionpool", "httpcore", "httpcore2"):
-    logging.getLogger(_name).setLevel(logging.INFO)
 
 MAX_REDIRECTS = 5
 CONNECT_TIMEOUT_S = 10.0

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
-from sdxl_worker.assets.urls import canonical_url, mask, public_query, split_http_url
+from sdxl_worker.assets.urls import canonical_url, public_query, split_http_url
 from sdxl_worker.errors import BadReference
+from sdxl_worker.masking import mask
 from sdxl_worker.settings import Settings
 from sdxl_worker.text import is_unicode
 

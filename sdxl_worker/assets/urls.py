@@ -5,6 +5,7 @@ from collections.abc import Callable
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from sdxl_worker.errors import BadReference
+from sdxl_worker.masking import mask
 
 # Query parameters that say who asks, not what is asked for; Azure's short names count only beside its `sig`.
 _SECRET_PARAMETER = re.compile(
@@ -12,19 +13,6 @@ _SECRET_PARAMETER = re.compile(
     r"|password|passwd|pwd|sig|signature|expires|expiry|policy|key-pair-id|awsaccesskeyid|googleaccessid|hmac|jwt)"
 )
 _AZURE_PARAMETER = re.compile(r"(?i)s[vretpskir]|spr|sip|srt|sdd|sk(oid|tid|t|e|s|v)")
-
-
-def mask(text: str) -> str:
-    """`text` as it may be shown: no query, fragment, user:password or control characters, at most 200 letters."""
-    shown = re.sub(r"[?#].*", "", text, flags=re.DOTALL)
-    shown = re.sub(r"//[^/]*@", "//", shown)
-    authority = re.match(r"[^/]*//([^/]*)", shown)
-    if authority and not re.fullmatch(r"(\[[^]]*\]|[^:]*)(:\d*)?", authority[1]):
-        # No host and port: what stands there may be the beginning of a password with a slash in it.
-        shown = re.sub(r"//.*@", "//", shown)
-    shown = shown.encode("ascii", "replace").decode()
-    shown = "".join(letter if letter.isprintable() else "?" for letter in shown)
-    return shown if len(shown) <= 200 else f"{shown[:197]}..."
 
 
 def canonical_url(url: str) -> str:
