@@ -19,7 +19,7 @@ from sdxl_worker.errors import ModelUnavailable
 from sdxl_worker.job_run import JobRun
 from sdxl_worker.logs import configure_logging
 from sdxl_worker.lora.engine import AppliedLora, ParsedLora
-from sdxl_worker.lora.entries import parse_lora_entries
+from sdxl_worker.lora_entries import parse_lora_entries
 from sdxl_worker.request import LoraScale
 from sdxl_worker.serving import launch
 from sdxl_worker.serving.mode import Mode

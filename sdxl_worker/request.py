@@ -1,18 +1,40 @@
-"""Frozen values that travel through one request: what was asked for, and what it was resolved to."""
+"""The request: its fields with their types, ranges and defaults, as frozen values that travel through the worker."""
 
-from dataclasses import dataclass, field
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
+
+from sdxl_worker.checks import MAX_URL_CHARACTERS, Check, choice, number, or_null, switch, text, url, whole
+from sdxl_worker.schedulers import scheduler_names
+from sdxl_worker.text import is_unicode, shown
+
+MAX_PROMPT_CHARACTERS = 10_000
+MIN_SIDE, MAX_SIDE, SIDE_STEP = 64, 2048, 8
+MAX_STEPS = 200
+MAX_GUIDANCE = 100.0
+MAX_IMAGES = 4
+MAX_SEED = 2**64 - 1
+MAX_LORAS = 32
+OUTPUT_FORMATS = ("png", "jpeg", "webp", "auto")
+# A random seed that every JSON reader takes without rounding.
+RANDOM_SEED_BITS = 32
+# What users of other workers call a LoRA's reference; the first one that is given counts.
+REFERENCE_KEYS = ("path", "url", "source")
 
 
 @dataclass(frozen=True)
 class LoraScale:
-    """How strongly a LoRA is applied to each part of the model: finite; 0 = not at all, negative = inverted."""
+    """How strongly a LoRA is applied to each part of the model, -100 to 100; 0 = not at all, negative = inverted."""
 
     unet: float = 1.0
     text_encoder: float = 1.0
     text_encoder_2: float = 1.0
 
     @classmethod
-    def uniform(cls, scale: float) -> "LoraScale":
+    def uniform(cls, scale: float) -> LoraScale:
         """The same number for every part."""
         return cls(scale, scale, scale)
 
@@ -30,34 +52,100 @@ class LoraScale:
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """One entry of the request's `loras`, before anything is downloaded. `index` is its place in the request."""
+    """One entry of the request's `loras`, before anything is downloaded. `index` is its place in the request.
+
+    `name` is a file name without a folder, under which the file is kept as well; empty = only under the worker's own.
+    """
 
     reference: str
     scale: LoraScale = field(default_factory=LoraScale)
     index: int = 0
+    name: str = ""
+
+
+def lora_list() -> Check:
+    """A list of bounded length and texts. Anything else that is wrong with an entry costs just that entry."""
+
+    def problem(value: Any) -> str | None:
+        if not isinstance(value, list):
+            return f"must be a list, not {shown(value)}"
+        if len(value) > MAX_LORAS:
+            return f"may hold at most {MAX_LORAS} entries, not {len(value)}"
+        texts = [(index, string) for index, entry in enumerate(value) for string in _texts_of(entry)]
+        if long := {str(index): None for index, string in texts if len(string) > MAX_URL_CHARACTERS}:
+            return f"hold a reference of more than {MAX_URL_CHARACTERS} characters in entry {', '.join(long)}"
+        unclean = {str(index): None for index, string in texts if not is_unicode(string)}
+        return f"hold half of a surrogate pair in entry {', '.join(unclean)}" if unclean else None
+
+    return Check(list, problem)
+
+
+def _texts_of(entry: Any) -> list[str]:
+    texts = [entry, *(entry.get(key) for key in (*REFERENCE_KEYS, "name"))] if isinstance(entry, dict) else [entry]
+    return [text for text in texts if isinstance(text, str)]
+
+
+@dataclass(frozen=True)
+class InputField:
+    """One field of the input. `read` turns a value that passed the check into the one that GenerationRequest holds."""
+
+    check: Check
+    default: Any
+    read: Callable[[Any], Any]
+    required: bool
+
+    def as_schema(self) -> dict[str, Any]:
+        """The field in the format of the SDK's rp_validator."""
+        good = {"constraints": lambda value: self.check(value) is None}
+        rules = {"type": self.check.kind, "required": self.required, **good}
+        return rules if self.required else {**rules, "default": self.default}
+
+
+def _input(check: Check, default: Any = MISSING, read: Callable[[Any], Any] | None = None) -> Any:
+    """A dataclass field that the request's field of the same name fills; required when it has no default."""
+    required = default is MISSING
+    entry = InputField(check, None if required else default, read or (lambda value: value), required)
+    metadata = {"input": entry}
+    if required or read is None:
+        return field(default=default, metadata=metadata)
+    return field(default_factory=lambda: read(default), metadata=metadata)
+
+
+def _seed(value: int | None) -> int:
+    return secrets.randbits(RANDOM_SEED_BITS) if value in (None, -1) else value
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """A validated job. Sizes are in pixels; `seed` is in [0, 2**64 - 1]; `strength` is used with `image_url` only.
+    """A validated job: the one list of the input's fields, in the order of the documentation.
 
-    A negative prompt of None reaches the pipeline as None, which is not the same picture as "".
+    Sizes are in pixels. A negative_prompt of None gives another picture than "". `seed` is never negative. `strength`
+    is used with `image_url` only. `loras` are the usable entries; `loras_requested` says that the request had some,
+    usable or not. Values made directly are not checked.
     """
 
-    prompt: str
-    negative_prompt: str | None = None
-    height: int = 1024
-    width: int = 1024
-    seed: int = 0
-    scheduler: str = "K_EULER_ANCESTRAL"
-    num_inference_steps: int = 28
-    guidance_scale: float = 5.5
-    num_images: int = 1
-    image_url: str | None = None
-    strength: float = 0.3
-    loras: tuple[LoraSpec, ...] = ()
+    prompt: str = _input(text(MAX_PROMPT_CHARACTERS))
+    negative_prompt: str | None = _input(or_null(text(MAX_PROMPT_CHARACTERS)), None)
+    height: int = _input(whole(MIN_SIDE, MAX_SIDE, SIDE_STEP), 1024)
+    width: int = _input(whole(MIN_SIDE, MAX_SIDE, SIDE_STEP), 1024)
+    seed: int = _input(or_null(whole(-1, MAX_SEED)), None, _seed)
+    scheduler: str = _input(choice(scheduler_names()), "K_EULER_ANCESTRAL")
+    num_inference_steps: int = _input(whole(1, MAX_STEPS), 28)
+    guidance_scale: float = _input(number(0, MAX_GUIDANCE), 5.5, float)
+    num_images: int = _input(whole(1, MAX_IMAGES), 1)
+    image_url: str | None = _input(or_null(url(or_empty=True)), None, lambda value: value or None)
+    strength: float = _input(number(0, 1), 0.3, float)
+    refiner_inference_steps: int | None = _input(or_null(whole(0, 1000)), None)
+    high_noise_frac: float | None = _input(or_null(number(0, 1)), None)
+    loras: tuple[LoraSpec, ...] = _input(or_null(lora_list()), None, lambda _: ())
+    output_format: str = _input(choice(OUTPUT_FORMATS), "png")
+    output_quality: int = _input(whole(1, 100), 90)
+    preview: bool = _input(switch(), False)
     loras_requested: bool = False
-    output_format: str = "png"
-    output_quality: int = 90
-    preview: bool = False
     warnings: tuple[str, ...] = ()
+
+
+# The input's fields by name.
+FIELDS: dict[str, InputField] = {
+    entry.name: entry.metadata["input"] for entry in fields(GenerationRequest) if "input" in entry.metadata
+}

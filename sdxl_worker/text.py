@@ -8,6 +8,8 @@ from typing import Any
 # What would break a line, or turn the direction of writing in what is shown.
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
+_NOT_IN_FILE_NAMES = re.compile(r"[^A-Za-z0-9._\-]+")
+
 
 def is_unicode(text: str) -> bool:
     """True when `text` can be encoded: it holds no half of a surrogate pair."""
@@ -40,6 +42,11 @@ def ascii_line(text: str, limit: int = 200) -> str:
     text = text[: limit + 1].encode("ascii", "replace").decode()
     line = "".join(letter if letter.isprintable() else "?" for letter in text)
     return line if len(line) <= limit else f"{line[: limit - 3]}..."
+
+
+def safe_name(text: str, limit: int = 80) -> str:
+    """`text` as a file name of at most `limit` ASCII characters that no system reads in another way; empty for none."""
+    return _NOT_IN_FILE_NAMES.sub("_", text[: 4 * limit]).strip("._")[:limit].rstrip("._")
 
 
 def shown(value: Any) -> str:

@@ -3,14 +3,14 @@
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from typing import Any
 
 import pytest
 
 import download_weights
 import schemas
-from sdxl_worker import kinds, validation
+from sdxl_worker import kinds, request, validation
 from sdxl_worker.assets.kind import Kind
 from sdxl_worker.assets.references import (
     CachedReference,
@@ -20,8 +20,7 @@ from sdxl_worker.assets.references import (
     parse_reference,
 )
 from sdxl_worker.errors import AssetFileError, FetchError, WorkerError
-from sdxl_worker.lora.entries import parse_lora_entries
-from sdxl_worker.request import GenerationRequest
+from sdxl_worker.lora_entries import parse_lora_entries
 from sdxl_worker.schedulers import scheduler_names
 from sdxl_worker.settings import Settings
 from tests.support.readme import README, ROOT, readme_table, unquoted
@@ -29,10 +28,6 @@ from tests.support.readme import README, ROOT, readme_table, unquoted
 
 def setting_defaults() -> dict[str, Any]:
     return {entry.metadata["name"]: entry.default for entry in fields(Settings)}
-
-
-def request_defaults() -> dict[str, Any]:
-    return {entry.name: entry.default for entry in fields(GenerationRequest) if entry.default is not MISSING}
 
 
 def error_classes(base: type[WorkerError] = WorkerError) -> Iterator[type[WorkerError]]:
@@ -63,24 +58,18 @@ def test_request_table_names_the_fields_and_defaults_of_the_schema() -> None:
             assert json.loads(unquoted(row["Default"])) == field["default"], name
 
 
-def test_defaults_of_schema_and_request_value_agree() -> None:
-    for name, default in request_defaults().items():
-        if name in schemas.INPUT_SCHEMA and name not in ("seed", "loras"):
-            assert schemas.INPUT_SCHEMA[name]["default"] == default, name
-
-
 def test_request_table_names_the_types() -> None:
     words = {str: "string", int: "integer", float: "number", list: "list", bool: "boolean"}
     for row in readme_table("Request", "Field"):
         name = unquoted(row["Field"])
         word, _, null = row["Type"].partition(" or ")
         assert word == words[schemas.INPUT_SCHEMA[name]["type"]], name
-        assert (validation.FIELDS[name].check(None) is None) == (null == "null"), name
+        assert (request.FIELDS[name].check(None) is None) == (null == "null"), name
 
 
 @pytest.mark.parametrize("row", readme_table("Request", "Field"), ids=lambda row: unquoted(row["Field"]))
 def test_ranges_of_the_request_table_are_the_accepted_ones(row: dict[str, str]) -> None:
-    check, span = validation.FIELDS[unquoted(row["Field"])].check, row["Range"]
+    check, span = request.FIELDS[unquoted(row["Field"])].check, row["Range"]
     for good, bad in boundaries(span):
         assert check(good) is None
         assert check(bad) is not None
@@ -144,10 +133,10 @@ def test_options_of_the_cache_commands_exist(capsys: pytest.CaptureFixture[str])
 
 def test_limits_are_those_of_the_schema() -> None:
     limits = {row["What"]: row["Limit"] for row in readme_table("Limits", "What")}
-    assert f"{validation.MIN_SIDE} to {validation.MAX_SIDE}" in limits["Picture"]
+    assert f"{request.MIN_SIDE} to {request.MAX_SIDE}" in limits["Picture"]
     assert str(validation.MAX_PIXEL_STEPS) in limits["Work"]
-    assert str(validation.MAX_PROMPT_CHARACTERS) in limits["Prompts"]
-    assert limits["LoRAs"].startswith(f"{validation.MAX_LORAS} per request")
+    assert str(request.MAX_PROMPT_CHARACTERS) in limits["Prompts"]
+    assert limits["LoRAs"].startswith(f"{request.MAX_LORAS} per request")
 
 
 def test_paths_of_the_tree_table_exist() -> None:
@@ -166,7 +155,7 @@ def boundaries(span: str) -> list[tuple[Any, Any]]:
         return [("x" * int(match[1]), "x" * (int(match[1]) + 1))]
     if match := re.fullmatch(r"at most (\d+) entries", span):
         return [(["a"] * int(match[1]), ["a"] * (int(match[1]) + 1))]
-    if match := re.fullmatch(r"(above )?(\d+) to (\d+)(?:, multiple of (\d+))?", span):
+    if match := re.fullmatch(r"(above )?(-?\d+) to (\d+)(?:, multiple of (\d+))?", span):
         low, high, step = int(match[2]), int(match[3]), int(match[4] or 1)
         first = (low + 0.01, low) if match[1] else (low, low - step)
         return [first, (high, high + step), *([(low + step, low + 1)] if step > 1 else [])]

@@ -3,13 +3,15 @@
 import math
 import subprocess
 import sys
+import time
+from dataclasses import asdict
 
 import pytest
+from runpod.serverless.utils.rp_validator import validate
 
-from sdxl_worker import validation
+from schemas import INPUT_SCHEMA, validate_request
 from sdxl_worker.errors import InvalidRequest
-from sdxl_worker.request import LoraScale
-from sdxl_worker.validation import FIELDS, INPUT_SCHEMA, validate_request
+from sdxl_worker.request import FIELDS, LoraScale, LoraSpec
 
 GOOD = {"prompt": "a lighthouse"}
 SURROGATE = "\ud800"
@@ -32,8 +34,42 @@ def test_defaults_are_the_documented_ones():
     assert (request.output_format, request.output_quality, request.preview) == ("png", 90, False)
 
 
-def test_a_missing_seed_is_random_and_small_enough_for_every_json_reader():
-    seeds = {validate_request(GOOD).seed for _ in range(20)}
+def test_every_field_arrives_as_it_was_asked_for():
+    asked = {
+        "prompt": "a harbour",
+        "negative_prompt": "fog",
+        "height": 64,
+        "width": 128,
+        "seed": 7,
+        "scheduler": "DDIM",
+        "num_inference_steps": 3,
+        "guidance_scale": 2.5,
+        "num_images": 4,
+        "image_url": "https://example.com/a.png",
+        "strength": 0.75,
+        "refiner_inference_steps": 9,
+        "high_noise_frac": 0.5,
+        "output_format": "jpeg",
+        "output_quality": 37,
+        "preview": True,
+    }
+    assert set(FIELDS) == {*asked, "loras"}
+    arrived = asdict(validate_request(asked))
+    assert {name: arrived[name] for name in asked} == asked
+
+
+@pytest.mark.parametrize(
+    ("fields", "arrived"), [({}, None), ({"negative_prompt": None}, None), ({"negative_prompt": ""}, "")]
+)
+def test_only_an_explicit_empty_negative_prompt_is_one(fields, arrived):
+    negative = validate_request({**GOOD, **fields}).negative_prompt
+    assert negative == arrived
+    assert type(negative) is type(arrived)
+
+
+@pytest.mark.parametrize("fields", [{}, {"seed": None}, {"seed": -1}])
+def test_a_random_seed_is_small_enough_for_every_json_reader(fields):
+    seeds = {validate_request({**GOOD, **fields}).seed for _ in range(20)}
     assert len(seeds) > 10
     assert all(0 <= seed < 2**53 for seed in seeds)
 
@@ -80,7 +116,7 @@ def test_row_5_sides(side):
 def test_row_5_budget():
     assert "must be at most 268435456" in problem(width=2048, height=2048, num_inference_steps=65)
     assert validate_request({**GOOD, "width": 2048, "height": 2048, "num_inference_steps": 64}).width == 2048
-    both = problem(width=2048, height=2048, num_inference_steps=200, seed=-1)
+    both = problem(width=2048, height=2048, num_inference_steps=200, seed=-2)
     assert "seed" in both
     assert "at most 268435456" in both
 
@@ -104,14 +140,14 @@ def test_an_integer_guidance_becomes_a_float():
     assert isinstance(validate_request({**GOOD, "guidance_scale": 7}).guidance_scale, float)
 
 
-@pytest.mark.parametrize("count", [0, 3, "1", True])
+@pytest.mark.parametrize("count", [0, 5, "1", True])
 def test_row_7_num_images(count):
-    assert "num_images must be a whole number from 1 to 2" in problem(num_images=count)
+    assert "num_images must be a whole number from 1 to 4" in problem(num_images=count)
 
 
-@pytest.mark.parametrize("seed", [-1, 2**64, 1.5, "1", True])
+@pytest.mark.parametrize("seed", [-2, 2**64, 1.5, "1", True])
 def test_row_8_seed_states_its_range(seed):
-    assert "seed must be a whole number from 0 to 18446744073709551615" in problem(seed=seed)
+    assert "seed must be a whole number from -1 to 18446744073709551615" in problem(seed=seed)
 
 
 def test_the_largest_seed_is_kept():
@@ -123,16 +159,28 @@ def test_row_9_scheduler_lists_the_names(scheduler):
     assert "PNDM, KLMS, DDIM, K_EULER, K_EULER_ANCESTRAL" in problem(scheduler=scheduler)
 
 
-@pytest.mark.parametrize("loras", [None, {}, "name", 1])
+@pytest.mark.parametrize("loras", [{}, "name", 1])
 def test_row_10_loras_is_a_list(loras):
     assert "loras must be a list" in problem(loras=loras)
+
+
+@pytest.mark.parametrize("loras", [None, []])
+def test_no_loras(loras):
+    request = validate_request({**GOOD, "loras": loras})
+    assert (request.loras, request.loras_requested, request.warnings) == ((), False, ())
 
 
 def test_row_10_number_of_loras():
     assert "at most 32 entries" in problem(loras=["a"] * 33)
 
 
-MALFORMED = [42, {}, None, {"path": None}, {"path": 3}, []]
+def test_a_reference_is_bounded_before_anything_looks_at_it():
+    assert validate_request({**GOOD, "loras": ["x" * 4096]}).loras[0].reference == "x" * 4096
+    message = problem(loras=["x://a:b" + "//" * 64_000, "good", {"url": "\ud800" * 4097}, {"name": "n" * 4097}])
+    assert message == "loras hold a reference of more than 4096 characters in entry 0, 2, 3"
+
+
+MALFORMED = [42, {}, None, {"path": None}, {"path": 3}, [], {"name": 3}, {"path": "a", "name": 3}, {"name": "?!"}]
 BAD_SCALES = [math.nan, math.inf, "0.8", True, 10**400, None, {"unet": "1"}, {"vae": 1}, {"unet": math.nan}]
 
 
@@ -143,6 +191,41 @@ def test_row_11_malformed_entries_are_skipped_and_named(entry):
     assert len(request.warnings) == 1
     assert request.warnings[0].startswith("loras[1] was skipped: it")
     assert request.loras_requested
+
+
+@pytest.mark.parametrize("scale", [100.5, -101, 1e30, 1e300, 3.5e38, 10**400, math.nan, {"text_encoder": -1e30}])
+def test_a_scale_out_of_range_is_a_skipped_entry_that_says_so(scale):
+    request = validate_request({**GOOD, "loras": [{"path": "a", "scale": scale}]})
+    assert request.loras == ()
+    assert "must lie between -100 and 100" in request.warnings[0]
+
+
+def test_the_largest_scales_are_taken():
+    specs = validate_request({**GOOD, "loras": [{"path": "a", "scale": 100}, {"path": "a", "scale": -100.0}]}).loras
+    assert [spec.scale.unet for spec in specs] == [100.0, -100.0]
+
+
+@pytest.mark.parametrize(
+    ("entry", "reference", "name"),
+    [
+        ({"path": None, "url": "https://a/b"}, "https://a/b", ""),
+        ({"path": "", "url": "https://a/b"}, "https://a/b", ""),
+        ({"path": "", "url": None, "source": "c"}, "c", ""),
+        ({"path": "a", "url": "https://a/b"}, "a", ""),
+        ({"path": ""}, "", ""),
+        ({"path": "a", "name": None}, "a", ""),
+        ({"path": "a", "name": ""}, "a", ""),
+        ({"path": "user/repo", "name": "my style"}, "user/repo", "my_style"),
+        ({"url": "https://a/b", "name": "../../etc/x:y.safetensors"}, "https://a/b", "etc_x_y.safetensors"),
+        ({"name": "my style"}, "my_style", "my_style"),
+        ({"name": "user/repo"}, "user_repo", "user_repo"),
+        ({"path": None, "name": "https://a/b"}, "https_a_b", "https_a_b"),
+    ],
+)
+def test_the_reference_and_the_name_of_an_entry(entry, reference, name):
+    request = validate_request({**GOOD, "loras": [entry]})
+    assert request.loras == (LoraSpec(reference, name=name),)
+    assert request.warnings == ()
 
 
 def test_row_12_13_scales_and_repeats_are_kept():
@@ -161,7 +244,7 @@ def test_a_scale_per_part_of_the_model():
 
 def test_an_unknown_key_of_an_entry_is_a_warning():
     request = validate_request({**GOOD, "loras": [{"path": "a", "weight": 0.5}]})
-    assert request.warnings == ("loras[0]: ignored unknown 'weight'; known are path and scale",)
+    assert request.warnings == ("loras[0]: ignored unknown 'weight'; known are path, name and scale",)
 
 
 @pytest.mark.parametrize("reference", ["", "..", "../x", "a\0b", "\\", "x" * 300])
@@ -170,7 +253,7 @@ def test_row_14_the_form_of_a_reference_is_not_the_schema_s_business(reference):
 
 
 def test_every_problem_is_reported_at_once():
-    message = problem(prompt="", width=1, height="x", seed=-1, num_images=9, scheduler="?", loras={}, other=1)
+    message = problem(prompt="", width=1, height="x", seed=-2, num_images=9, scheduler="?", loras={}, other=1)
     for name in ("width", "height", "seed", "num_images", "scheduler", "loras", "'other'"):
         assert name in message
 
@@ -195,8 +278,21 @@ def test_image_to_image():
     assert "image_url must be an http" in problem(image_url="file:///etc/passwd")
     assert "secret" not in problem(image_url="ftp://user:secret@host/x")
     assert "at least 1" in problem(image_url="https://a/b.png", num_inference_steps=2, strength=0.3)
-    assert "strength must be a number above 0 to 1" in problem(strength=0)
+    assert "strength must be a number from 0 to 1" in problem(strength=-0.1)
     assert validate_request({**GOOD, "strength": 0.5}).warnings == ("strength has no effect without image_url",)
+
+
+@pytest.mark.parametrize("strength", [0, 0.0, 1, 1.0])
+def test_both_ends_of_strength(strength):
+    fields = {"image_url": "https://a/b.png", "num_inference_steps": 1, "strength": strength}
+    request = validate_request({**GOOD, **fields})
+    assert (request.strength, type(request.strength)) == (strength, float)
+
+
+def test_an_empty_image_url_is_none():
+    request = validate_request({**GOOD, "image_url": "", "strength": 0.01, "num_inference_steps": 1})
+    assert request.image_url is None
+    assert request.warnings == ("strength has no effect without image_url",)
 
 
 @pytest.mark.parametrize(
@@ -206,12 +302,32 @@ def test_output_fields(field, bad):
     assert problem(**{field: bad}).startswith(f"{field} must be")
 
 
-def test_the_schema_is_in_the_sdk_s_format():
-    for name, field in FIELDS.items():
-        rules = INPUT_SCHEMA[name]
-        assert rules["required"] is field.required
-        assert field.required or rules["constraints"](rules["default"])
-    assert "errors" in validation.validate({"prompt": "x", "loras": 3}, INPUT_SCHEMA)
+def test_the_sdk_s_validator_reads_the_schema():
+    nulls = {name: None for name, field in FIELDS.items() if field.check(None) is None}
+    result = validate({**GOOD, **nulls, "guidance_scale": 7}, INPUT_SCHEMA)
+    assert result["validated_input"] == {
+        **{name: rules["default"] for name, rules in INPUT_SCHEMA.items() if not rules["required"]},
+        **GOOD,
+        "guidance_scale": 7.0,
+    }
+    assert len(validate({"loras": ["a"] * 33, "image_url": "ftp://a", "other": 1}, INPUT_SCHEMA)["errors"]) == 5
+
+
+def test_the_whole_request_is_bounded():
+    assert "more than 2000000 characters" in problem(prompt="x" * 2_000_001)
+    assert "more than 2000000 characters" in problem(**{f"{index:x}": {} for index in range(400_000)})
+    assert "image_url must have at most 4096" in problem(image_url="data:" + "x" * 3_000_000)
+    deep: list = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert "'deep' is not an input field" in problem(deep=deep)
+
+
+def test_checking_a_large_request_is_linear():
+    half = {"path": "\ud800" * 2000, **{f"{index:05}": [] for index in range(40_000)}}
+    start = time.process_time()
+    problem(loras=[half, "//:@" * 250_000], **{f"field{index}": None for index in range(40_000)})
+    assert time.process_time() - start < 5
 
 
 def test_validation_needs_no_torch():

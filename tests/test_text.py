@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from sdxl_worker.text import as_unicode, clean_text, is_clean, is_unicode, shown
+from sdxl_worker.text import as_unicode, clean_text, is_clean, is_unicode, safe_name, shown
 
 
 @pytest.mark.parametrize(
@@ -60,3 +60,22 @@ def test_a_line_of_a_given_length():
 )
 def test_a_callers_value_in_a_sentence(value, expected):
     assert shown(value) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("my-lora_v1.2.safetensors", "my-lora_v1.2.safetensors"),
+        ("my style", "my_style"),
+        ("../../etc/passwd", "etc_passwd"),
+        ("C:\\x\0.pt", "C_x_.pt"),
+        (".hidden.", "hidden"),
+        ("Gr\xfc\xdfe\ud800", "Gr_e"),
+        ("x" * 79 + ".y", "x" * 79),
+        ("?" * 10_000, ""),
+        ("..", ""),
+    ],
+)
+def test_a_name_for_a_file(value, expected):
+    assert safe_name(value) == expected
+    assert safe_name(expected) == expected

@@ -108,7 +108,7 @@ def test_help_loads_nothing(command_line):
 
 
 def test_a_wrong_setting_is_one_clear_sentence(command_line):
-    assert command_line(LORA_MAX_MB="many") == (1, "", "LORA_MAX_MB should be a float, not 'many'\n")
+    assert command_line(LORA_MAX_MB="many") == (1, "", "LORA_MAX_MB must be a number above 0 to 100000, not 'many'\n")
 
 
 def test_a_model_that_is_not_there_is_one_clear_sentence(command_line, tmp_path):

@@ -1,0 +1,103 @@
+"""What a value from outside has to be, said once per kind of value: requests and settings share these checks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from sdxl_worker.text import is_clean, shown
+
+MAX_URL_CHARACTERS = 4_096
+
+
+@dataclass(frozen=True)
+class Check:
+    """Calling it gives what is wrong with a value, to be read after the value's name, or None.
+
+    `kind` is the type that a good value has (int passes where `kind` is float).
+    """
+
+    kind: type
+    problem: Callable[[Any], str | None]
+
+    def __call__(self, value: Any) -> str | None:
+        return self.problem(value)
+
+
+def whole(low: int, high: int, step: int = 1) -> Check:
+    """A whole number from `low` to `high`."""
+    extra = f" and a multiple of {step}" if step > 1 else ""
+
+    def problem(value: Any) -> str | None:
+        is_whole = isinstance(value, int) and not isinstance(value, bool)
+        good = is_whole and low <= value <= high and value % step == 0
+        return None if good else f"must be a whole number from {low} to {high}{extra}, not {shown(value)}"
+
+    return Check(int, problem)
+
+
+def number(low: float, high: float, *, above: bool = False) -> Check:
+    """A finite number from `low`, or `above` it, to `high`."""
+    bound = "above" if above else "from"
+
+    def problem(value: Any) -> str | None:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        good = is_number and math.isfinite(as_float(value)) and low <= value <= high and not (above and value == low)
+        return None if good else f"must be a number {bound} {low:g} to {high:g}, not {shown(value)}"
+
+    return Check(float, problem)
+
+
+def text(limit: int) -> Check:
+    """A string of at most `limit` characters that can be sent on."""
+
+    def problem(value: Any) -> str | None:
+        if not isinstance(value, str):
+            return f"must be a string, not {shown(value)}"
+        if len(value) > limit:
+            return f"must have at most {limit} characters, not {len(value)}"
+        return None if is_clean(value) else "holds a NUL or half of a surrogate pair"
+
+    return Check(str, problem)
+
+
+def url(*, or_empty: bool = False) -> Check:
+    """An http or https URL, or an empty string; what it leads to is looked at when it is fetched."""
+
+    def problem(value: Any) -> str | None:
+        wrong = text(MAX_URL_CHARACTERS)(value)
+        if wrong or (or_empty and not value) or value.lower().startswith(("http://", "https://")):
+            return wrong
+        return "must be an http or https URL"
+
+    return Check(str, problem)
+
+
+def choice(names: tuple[str, ...]) -> Check:
+    """One of the given strings."""
+
+    def problem(value: Any) -> str | None:
+        good = isinstance(value, str) and value in names
+        return None if good else f"must be one of {', '.join(names)}, not {shown(value)}"
+
+    return Check(str, problem)
+
+
+def switch() -> Check:
+    """True or false."""
+    return Check(bool, lambda value: None if isinstance(value, bool) else f"must be true or false, not {shown(value)}")
+
+
+def or_null(check: Check) -> Check:
+    """None as well."""
+    return Check(check.kind, lambda value: None if value is None else check(value))
+
+
+def as_float(value: int | float) -> float:
+    """`value` as a float; infinity for an integer that no float can hold."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
