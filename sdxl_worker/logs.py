@@ -16,7 +16,7 @@ current_job: contextvars.ContextVar[str | None] = contextvars.ContextVar("curren
 _LEVELS = {logging.DEBUG: "DEBUG", logging.INFO: "INFO", logging.WARNING: "WARN", logging.ERROR: "ERROR"}
 # Their INFO and DEBUG lines hold whole URLs, with tokens and signatures in the queries.
 _HTTP_LIBRARIES = (
-    *("urllib3", "requests", "httpx", "httpcore", "httpcore2", "hpack", "h11", "aiohttp"),
+    *("urllib3", "requests", "httpx", "httpx2", "httpcore", "httpcore2", "hpack", "h11", "aiohttp"),
     *("huggingface_hub", "botocore", "boto3", "s3transfer"),
 )
 

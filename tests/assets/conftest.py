@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import pytest
 
 from sdxl_worker.assets import fetch
+from sdxl_worker.logs import quiet_http_libraries
 from tests.support.http_server import FileServer
 
 
@@ -17,3 +19,11 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
     monkeypatch.setattr(fetch, "BACKOFF_S", 0.001)
     with FileServer() as running:
         yield running
+
+
+@pytest.fixture
+def all_logs(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """Every log line that can appear where logging is configured as the worker does it, down to DEBUG."""
+    quiet_http_libraries()
+    caplog.set_level(logging.DEBUG)
+    return caplog

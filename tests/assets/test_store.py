@@ -321,15 +321,14 @@ def test_a_cached_name_that_is_not_there_makes_no_call(
         get(reference, settings)
 
 
-def test_secrets_are_in_no_log_and_no_file(server: FileServer, settings: Settings, caplog: pytest.LogCaptureFixture):
-    caplog.set_level(logging.DEBUG)
+def test_secrets_are_in_no_log_and_no_file(server: FileServer, settings: Settings, all_logs: pytest.LogCaptureFixture):
     secret = "-".join(("s3", "cr3t"))
     get(f"{server.add('/a.safetensors', on.status(500), on.whole(LORA))}?token={secret}", settings)
     with pytest.raises(errors.WrongFile) as caught:
         get(f"{server.add('/b.safetensors', on.whole(HTML))}?api_key={secret}", settings)
     logging.getLogger("test").error("failed", exc_info=caught.value)
     written = "".join(path.read_text() for path in settings.lora_cache_dir.rglob("*.json"))
-    assert secret not in caplog.text + written + str(list(settings.lora_cache_dir.rglob("*")))
+    assert secret not in all_logs.text + written + str(list(settings.lora_cache_dir.rglob("*")))
 
 
 def test_several_references_are_fetched_in_parallel_and_in_order(server: FileServer, settings: Settings):

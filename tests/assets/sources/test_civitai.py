@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -65,8 +64,7 @@ def test_one_version_is_one_file_whatever_the_form(site: FileServer, tmp_path: P
     assert len(published(tmp_path)) == 1
 
 
-def test_the_token_is_a_header_for_civitai_alone(site: FileServer, tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    caplog.set_level(logging.DEBUG)
+def test_the_token_is_a_header_for_civitai_alone(site: FileServer, tmp_path: Path, all_logs: pytest.LogCaptureFixture):
     get("civitai:5", tmp_path, civitai_api_token="civ-secret")
     get("https://civitai.com/api/download/models/7?token=own-secret", tmp_path / "other", civitai_api_token="x")
     assert [request.headers["authorization"] for request in site.requests] == [
@@ -79,7 +77,7 @@ def test_the_token_is_a_header_for_civitai_alone(site: FileServer, tmp_path: Pat
     assert len(storage.requests) == 2
     assert all("authorization" not in request.headers for request in storage.requests)
     written = "".join(path.read_text() for path in tmp_path.rglob("*.json"))
-    assert not any(secret in caplog.text + written for secret in ("civ-secret", "own-secret", "sig-secret"))
+    assert not any(secret in all_logs.text + written for secret in ("civ-secret", "own-secret", "sig-secret"))
 
 
 @pytest.mark.parametrize(

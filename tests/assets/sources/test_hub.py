@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,8 +85,9 @@ def test_the_endpoint_needs_no_public_address_but_what_it_redirects_to_does(
     assert stand_in.cdn.connections == 0
 
 
-def test_the_token_goes_to_the_hub_and_not_to_its_cdn(stand_in: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    caplog.set_level(logging.DEBUG)
+def test_the_token_goes_to_the_hub_and_not_to_its_cdn(
+    stand_in: Hub, tmp_path: Path, all_logs: pytest.LogCaptureFixture
+):
     stand_in.add("user/gated", Repo({DEFAULT: LORA}, gated=True, on_cdn=frozenset({DEFAULT})))
     get("user/gated", stand_in, tmp_path, hf_token=stand_in.token)
     assert all(request.headers["authorization"] == f"Bearer {stand_in.token}" for request in stand_in.server.requests)
@@ -95,7 +95,7 @@ def test_the_token_goes_to_the_hub_and_not_to_its_cdn(stand_in: Hub, tmp_path: P
     assert "authorization" not in stand_in.cdn.requests[0].headers
     written = "".join(path.read_text() for path in tmp_path.rglob("*.json"))
     for secret in (stand_in.token, "sig-secret"):
-        assert secret not in caplog.text + written
+        assert secret not in all_logs.text + written
 
 
 def test_gated_private_and_missing(stand_in: Hub, tmp_path: Path):
