@@ -42,6 +42,11 @@ class BaseModel:
     name: str
     allow_vae_override: bool
 
+    @property
+    def variant(self) -> str | None:
+        """`fp16` where the folder holds half-precision weights under that name."""
+        return "fp16" if self.path is not None and any(self.path.glob("unet/*.fp16.safetensors")) else None
+
 
 def find_base_model(
     settings: Settings, *, runpod_cache: Path = RUNPOD_CACHE, on_progress: Callable[..., None] | None = None
@@ -61,7 +66,7 @@ def find_base_model(
         return BaseModel("folder", local, local.name, allow_vae_override=chosen)
     if local.is_file():
         if local.suffix != ".safetensors":
-            raise ModelUnavailable(f"MODEL_ID is the file {local.name}, which is no .safetensors checkpoint")
+            raise ModelUnavailable(f"MODEL_ID is the file {local.name}, which is not a .safetensors checkpoint")
         return BaseModel("file", local, local.name, allow_vae_override=True)
     reference = _parse(model_id, settings)
     if isinstance(reference, HubReference) and not reference.path:
@@ -175,23 +180,24 @@ def _download_repo(reference: HubReference, settings: Settings, variable: str) -
 
     folder = _with_retries(download, reference, variable)
     if not is_complete(folder):
-        raise ModelUnavailable(f"{reference.shown} is no diffusers model; set {variable} to one")
+        raise ModelUnavailable(f"{reference.shown} is not a diffusers model; set {variable} to one")
     return folder
 
 
 def _with_retries(download: Callable[[], T], reference: HubReference, variable: str) -> T:
     from huggingface_hub import errors
 
-    for attempt in range(1, ATTEMPTS + 1):
+    attempt = 0
+    while True:
+        attempt += 1
         try:
             return download()
-        except (errors.GatedRepoError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
+        except (errors.GatedRepoError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
             hint = f"check {variable}, or set HF_TOKEN if it is private or gated"
-            raise ModelUnavailable(f"{reference.shown} does not exist or is not accessible: {hint}") from error
+            raise ModelUnavailable(f"{reference.shown} does not exist or is not accessible: {hint}") from None
         except Exception as error:  # the Hub client raises errors of several HTTP libraries and of the disk
             logger.warning("downloading %s failed (%s)", reference.shown, type(error).__name__)
             if attempt == ATTEMPTS or isinstance(error, errors.OfflineModeIsEnabled):
                 hint = f"run python download_weights.py with a network, or set {variable} to a local folder"
-                raise ModelUnavailable(f"{reference.shown} is not here and cannot be downloaded: {hint}") from error
+                raise ModelUnavailable(f"{reference.shown} is not here and cannot be downloaded: {hint}") from None
         time.sleep(RETRY_S * attempt)
-    raise AssertionError("unreachable")

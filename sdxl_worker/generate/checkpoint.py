@@ -42,13 +42,13 @@ def find_checkpoint(reference: Reference, settings: Settings, on_progress: Progr
                 handle, located.target, max_bytes=MAX_BYTES, budget=Budget.start(TIMEOUT_S), on_progress=on_progress
             )
             if not is_safetensors(temporary):
-                raise ModelUnavailable(f"{reference.shown} is no .safetensors checkpoint; check MODEL_ID")
+                raise ModelUnavailable(f"{reference.shown} is not a .safetensors checkpoint; check MODEL_ID")
             os.fsync(handle.fileno())
             os.replace(temporary, path)
     except FetchError as error:
-        raise ModelUnavailable(f"the base model cannot be downloaded: {error}; check MODEL_ID") from error
+        raise ModelUnavailable(f"the base model cannot be downloaded: {error}; check MODEL_ID") from None
     except OSError as error:
-        raise ModelUnavailable(f"the base model cannot be stored ({error.strerror}); make room on the disk") from error
+        raise ModelUnavailable(f"the base model cannot be stored ({error.strerror}); make room on the disk") from None
     return path
 
 

@@ -2,10 +2,11 @@
 
     prompt <lora:name:scale>
     Negative prompt: ...
-    Steps: 28, Sampler: Euler a, CFG scale: 5.5, Seed: 7, Size: 1024x1024, Model: name, Lora hashes: "name: hash"
+    Steps: 28, Sampler: Euler a, CFG scale: 5.5, Seed: 7, Size: 1024x1024, Model hash: hash, Model: name,
+    Lora hashes: "name: hash"
 
 https://github.com/AUTOMATIC1111/stable-diffusion-webui/blob/master/modules/infotext_utils.py reads it;
-what the hashes are is said in UsedLora.
+what the hashes are is said in UsedLora and in generate.model_hash.
 """
 
 from __future__ import annotations
@@ -25,8 +26,13 @@ def image_seed(request: GenerationRequest, index: int) -> int:
     return (request.seed + index) % 2**64
 
 
-def infotext(request: GenerationRequest, index: int, model_id: str, loras: Sequence[UsedLora] = ()) -> str:
-    """The text for picture `index` of `request`; `model_id` is shown without its folder or query."""
+def infotext(
+    request: GenerationRequest, index: int, model_id: str, loras: Sequence[UsedLora] = (), *, model_hash: str = ""
+) -> str:
+    """The text for picture `index` of `request`; `model_id` is shown without its folder or query.
+
+    `model_hash` is that of generate.model_hash, left out when empty.
+    """
     prompt = " ".join([request.prompt, *(lora.tag for lora in loras)])
     lines = [prompt]
     if request.negative_prompt:
@@ -37,8 +43,10 @@ def infotext(request: GenerationRequest, index: int, model_id: str, loras: Seque
         "CFG scale": f"{request.guidance_scale:g}",
         "Seed": image_seed(request, index),
         "Size": f"{request.width}x{request.height}",
-        "Model": safe_name(model_name(model_id)),
     }
+    if model_hash:
+        facts["Model hash"] = model_hash
+    facts["Model"] = safe_name(model_name(model_id))
     if request.image_url is not None:
         facts["Denoising strength"] = f"{request.strength:g}"
     if loras:

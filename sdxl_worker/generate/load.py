@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from sdxl_worker import topology
 from sdxl_worker.errors import ModelUnavailable
 from sdxl_worker.generate.base_model import BaseModel, find_base_model, find_vae
 from sdxl_worker.settings import Settings
+from sdxl_worker.text import clean_text
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
@@ -39,24 +44,42 @@ def load_pipeline(settings: Settings) -> StableDiffusionXLPipeline:
 
 
 def _load_from_disk(model: BaseModel, settings: Settings, dtype: torch.dtype, device: str) -> StableDiffusionXLPipeline:
-    from diffusers import StableDiffusionXLPipeline
-
-    options: dict[str, Any] = {"dtype": dtype, "add_watermarker": False}
     vae_path = find_vae(settings) if model.allow_vae_override and device == "cuda" else None
     try:
-        if vae_path is not None:
-            from diffusers import AutoencoderKL
+        with _no_progress_bars():
+            return _from_files(model, vae_path, dtype).to(device)
+    except torch.OutOfMemoryError:
+        reason = "it does not fit into the device's memory; take a larger GPU"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        # The library's message may name folders: it is for the log, and the answer says what to do.
+        logger.error("loading %s: %s: %s", model.name, type(error).__name__, clean_text(str(error)))
+        reason = "it is not a complete SDXL model; check MODEL_ID"
+    raise ModelUnavailable(f"the base model {model.name} cannot be loaded: {reason}")
 
-            options["vae"] = AutoencoderKL.from_pretrained(str(vae_path), dtype=dtype)
-        if model.kind == "file":
-            pipeline = StableDiffusionXLPipeline.from_single_file(str(model.path), **options, **_configs(model))
-        else:
-            pipeline = StableDiffusionXLPipeline.from_pretrained(str(model.path), variant=_variant(model), **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        logger.exception("loading %s failed", model.name)
-        reason = "it is not a complete SDXL model"
-        raise ModelUnavailable(f"the base model {model.name} cannot be loaded: {reason}; check MODEL_ID") from error
-    return pipeline.to(device)
+
+def _from_files(model: BaseModel, vae_path: Path | None, dtype: torch.dtype) -> StableDiffusionXLPipeline:
+    from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+
+    options: dict[str, Any] = {"dtype": dtype, "add_watermarker": False}
+    if vae_path is not None:
+        options["vae"] = AutoencoderKL.from_pretrained(str(vae_path), dtype=dtype)
+    if model.kind == "file":
+        return StableDiffusionXLPipeline.from_single_file(str(model.path), **options, **_configs(model))
+    return StableDiffusionXLPipeline.from_pretrained(str(model.path), variant=model.variant, **options)
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Keep the libraries' bars out of the log while they load, and leave the switches as they were."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    with contextlib.ExitStack() as switches:
+        for library in (diffusers_logging, transformers_logging):
+            if library.is_progress_bar_enabled():
+                library.disable_progress_bar()
+                switches.callback(library.enable_progress_bar)
+        yield
 
 
 def _configs(model: BaseModel) -> dict[str, str]:
@@ -64,9 +87,3 @@ def _configs(model: BaseModel) -> dict[str, str]:
     assert model.path is not None
     folder = model.path.with_suffix("")
     return {"config": str(folder)} if (folder / "model_index.json").is_file() else {}
-
-
-def _variant(model: BaseModel) -> str | None:
-    """`fp16` when the folder holds half-precision weights under that name and nothing else has to be preferred."""
-    assert model.path is not None
-    return "fp16" if any(model.path.glob("unet/*.fp16.safetensors")) else None

@@ -21,7 +21,7 @@ def settings_of(text: str) -> dict[str, str]:
 
 
 def test_the_three_lines():
-    text = infotext(REQUEST, 0, "org/some-model", [LORA])
+    text = infotext(REQUEST, 0, "org/some-model", [LORA], model_hash="31e35c80fc")
     prompt, negative, _ = text.splitlines()
     assert prompt == "a cat <lora:my_style_v2:0.8>"
     assert negative == "Negative prompt: blur"
@@ -31,6 +31,7 @@ def test_the_three_lines():
     assert settings["CFG scale"] == "5.5"
     assert settings["Size"] == "1024x1024"
     assert settings["Model"] == "some-model"
+    assert settings["Model hash"] == "31e35c80fc"
     assert json.loads(settings["Lora hashes"]) == f"my_style_v2: {'c' * 10}"
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,6 +48,19 @@ def test_half_precision_weights_of_a_folder_are_used(pipeline, tmp_path: Path):
     assert farthest(render(loaded, REQUEST)[0], render(pipeline, REQUEST)[0]) <= 1
 
 
+def test_loading_shows_no_progress_bars(pipeline, tmp_path: Path):
+    pipeline.save_pretrained(tmp_path / "model")
+    code = (
+        "from sdxl_worker.generate.load import load_pipeline; from sdxl_worker.settings import Settings; "
+        "from diffusers.utils import logging as d; from transformers.utils import logging as t; "
+        "load_pipeline(Settings.from_environment()); "
+        "assert d.is_progress_bar_enabled() and t.is_progress_bar_enabled()"
+    )
+    environment = {**os.environ, "MODEL_ID": str(tmp_path / "model"), "LORA_CACHE_DIR": str(tmp_path / "loras")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_a_single_file_is_served(pipeline, tmp_path: Path):
     checkpoint = save_single_file(pipeline, tmp_path / "model.safetensors")
     # The configs and tokenizers, without weights.
@@ -55,10 +71,27 @@ def test_a_single_file_is_served(pipeline, tmp_path: Path):
     assert farthest(render(loaded, REQUEST)[0], render(pipeline, REQUEST)[0]) <= 1
 
 
-def test_a_single_file_that_is_no_sdxl_is_one_sentence(tmp_path: Path):
+def test_a_single_file_of_something_else_is_one_sentence(tmp_path: Path, caplog):
     checkpoint = save(tmp_path / "model.safetensors", {"a": torch.ones(1)})
     with pytest.raises(ModelUnavailable, match=r"model\.safetensors cannot be loaded"):
         load_pipeline(_settings(tmp_path, checkpoint))
+    assert "Traceback" not in caplog.text
+
+
+def test_weights_that_are_cut_off_are_one_sentence(pipeline, tmp_path: Path, caplog):
+    pipeline.save_pretrained(tmp_path / "model")
+    with (tmp_path / "model" / "text_encoder" / "model.safetensors").open("r+b") as weights:
+        weights.truncate(5000)
+    with pytest.raises(ModelUnavailable, match="not a complete SDXL model"):
+        load_pipeline(_settings(tmp_path, tmp_path / "model"))
+    assert "Traceback" not in caplog.text
+
+
+def test_a_model_that_does_not_fit_the_device_says_so(pipeline, tmp_path: Path, monkeypatch):
+    pipeline.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(type(pipeline), "to", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError))
+    with pytest.raises(ModelUnavailable, match="memory"):
+        load_pipeline(_settings(tmp_path, tmp_path / "model"))
 
 
 @pytest.mark.parametrize("model_id", ["missing/folder/of/model", "nobody/nothing", "/nowhere/model.safetensors"])

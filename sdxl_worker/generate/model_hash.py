@@ -1,0 +1,76 @@
+"""`Model hash` of a picture's text: the first 10 hex digits of a SHA-256, as A1111 shortens it.
+
+A1111 and Civitai know a checkpoint by the SHA-256 of its one file, so that is what a single-file base model gets. A
+folder of diffusers has no such file: its pictures name the file that holds the UNet, which tells two models apart but
+is not in Civitai's list. `tiny` has no file at all: the hash is that of its UNet as a .safetensors file.
+https://github.com/AUTOMATIC1111/stable-diffusion-webui/blob/master/modules/sd_models.py (shorthash)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import threading
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sdxl_worker.generate.base_model import BaseModel
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionXLPipeline
+
+logger = logging.getLogger(__name__)
+
+_DIGITS = 10
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def start_hashing(model: BaseModel, pipeline: StableDiffusionXLPipeline) -> Future[str]:
+    """The future of `model_hash`, which a thread of its own reads the file for; "" where it cannot be read.
+
+    To be called before the first LoRA is merged: the weights in memory are hashed before this returns.
+    """
+    future: Future[str] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(model_hash(model, pipeline))
+        except OSError as error:
+            logger.warning("Model hash is left out: %s", error.strerror)
+            future.set_result("")
+
+    if model.path is None:
+        work()
+    else:
+        # A worker that ends does not wait for it.
+        threading.Thread(target=work, name="model hash", daemon=True).start()
+    return future
+
+
+def model_hash(model: BaseModel, pipeline: StableDiffusionXLPipeline) -> str:
+    """The hash, or "" where the UNet is not one .safetensors file.
+
+    A file of the Hub's cache costs nothing: its blob is named by its SHA-256. Any other is read once, 1 to 2 GB/s.
+    Raises OSError.
+    """
+    if model.path is None:
+        from safetensors.torch import save
+
+        return hashlib.sha256(save(pipeline.unet.state_dict())).hexdigest()[:_DIGITS]
+    path = model.path if model.kind == "file" else model.path / "unet" / _unet_file(model)
+    return _sha256(path)[:_DIGITS] if path.is_file() else ""
+
+
+def _unet_file(model: BaseModel) -> str:
+    precision = f".{model.variant}" if model.variant else ""
+    return f"diffusion_pytorch_model{precision}.safetensors"
+
+
+def _sha256(path: Path) -> str:
+    blob = path.resolve().name
+    if path.is_symlink() and _SHA256.fullmatch(blob):
+        return blob
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
