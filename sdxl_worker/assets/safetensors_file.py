@@ -11,10 +11,12 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +25,16 @@ from sdxl_worker.errors import AssetFileError, BadFile, WrongFile
 if TYPE_CHECKING:
     import torch
 
-# kohya's tag counts make headers of a few MB; a LoRA of every SDXL module has about 3,000 tensors.
+# kohya's tag counts make headers of several MB; a LoRA of every SDXL module has about 3,000 tensors, a LyCORIS 8,000.
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_TENSORS = 30_000
+MAX_NAME = 512
 MAX_DIMENSIONS = 8
+# The texts, commas and opening brackets of that many tensors, and of some thousand metadata. Parsing takes as long,
+# and as much memory, as there are of these: a header below CROWDED_BYTES has no room for many.
+MAX_TOKENS = 20 * MAX_TENSORS + 16_384
+CROWDED_BYTES = 2**20
+_TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\Z)|[,\[{]', re.DOTALL)
 
 # safetensors name -> (torch name, bytes per element); 8-bit floats occur in LoRAs made for small GPUs.
 DTYPES = {
@@ -57,11 +65,10 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Header:
-    """A checked header: entries in file order, text metadata, and where the data begins in the file."""
+    """A checked header: entries in file order, text metadata, and how many bytes of data follow."""
 
     entries: dict[str, TensorEntry]
     metadata: dict[str, str]
-    data_offset: int
     data_size: int
 
     @property
@@ -149,10 +156,12 @@ def _read_header(file: io.BufferedReader) -> Header:
         raise _not_safetensors(start, "the file is empty" if not start else "the file is cut off")
     (length,) = struct.unpack("<Q", start)
     if length > min(MAX_HEADER_BYTES, size - 8):
-        raise _not_safetensors(start, "the header is longer than the file or than any LoRA needs")
+        raise _not_safetensors(start, "the header is longer than the file or than any that is read")
     text = file.read(length)
     if not text.startswith(b"{"):
         raise _not_safetensors(start, "the header is not JSON")
+    if len(text) > CROWDED_BYTES and _number_of_tokens(text) > MAX_TOKENS:
+        raise BadFile(f"the header holds more names and numbers than {MAX_TENSORS} tensors need")
     try:
         raw = json.loads(text)
     except (ValueError, RecursionError):
@@ -161,13 +170,18 @@ def _read_header(file: io.BufferedReader) -> Header:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise BadFile("the metadata is not a table of texts")
     entries = _checked_entries(raw, size - 8 - length)
-    return Header(entries, metadata, 8 + length, size - 8 - length)
+    return Header(entries, metadata, size - 8 - length)
+
+
+def _number_of_tokens(text: bytes) -> int:
+    """How many texts, commas and opening brackets there are; counted no further than needed."""
+    return sum(1 for _ in islice(_TOKEN.finditer(text), MAX_TOKENS + 1))
 
 
 def _not_safetensors(start: bytes, reason: str) -> AssetFileError:
     if start.lstrip()[:1] == b"<":
         return WrongFile(
-            "the file is a web page, not a LoRA; the link may need a login or lead to a page about the file"
+            "the file is a web page, not a safetensors file; the link may need a login or lead to a page about the file"
         )
     if start[:2] == b"PK" or start[:1] == b"\x80":
         return BadFile("the file is a pickle under a safetensors name")
@@ -176,7 +190,7 @@ def _not_safetensors(start: bytes, reason: str) -> AssetFileError:
 
 def _checked_entries(raw: Mapping[str, Any], data_size: int) -> dict[str, TensorEntry]:
     if len(raw) > MAX_TENSORS:
-        raise BadFile(f"the file has {len(raw)} tensors, more than the {MAX_TENSORS} any LoRA needs")
+        raise BadFile(f"the file has {len(raw)} tensors, more than the {MAX_TENSORS} that are read")
     entries = {name: _entry(name, value) for name, value in raw.items()}
     ordered = dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)))
     end = 0
@@ -190,6 +204,8 @@ def _checked_entries(raw: Mapping[str, Any], data_size: int) -> dict[str, Tensor
 
 
 def _entry(name: str, value: Any) -> TensorEntry:
+    if len(name) > MAX_NAME:
+        raise BadFile(f"the tensor name {_short(name)} is longer than any that is read ({MAX_NAME} characters)")
     try:
         dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
         _, item_size = DTYPES[dtype]
