@@ -1,4 +1,4 @@
-"""Convert a .pt or .bin LoRA (a pickle) to safetensors, in a process of its own with limits on memory and time.
+"""Convert a .pt or .bin file (a pickle) to safetensors, in a process of its own with limits on memory and time.
 
 `torch.load(weights_only=True)` runs no code of the file, but a 1 kB file can make it allocate gigabytes; the worker's
 own memory is not put at stake.
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sdxl_worker.assets.budget import TICK_S, Budget
 from sdxl_worker.errors import BadFile
 
 SECONDS = 120
@@ -21,34 +22,44 @@ INFLATION = 4
 HEADROOM = 512 * 2**20
 
 _EXIT_NOT_TENSORS = 3
+_ROOT = Path(__file__).resolve().parents[2]
 
 
-def convert_pickle(source: Path, target: Path) -> None:
+def convert_pickle(source: Path, target: Path, budget: Budget | None = None) -> None:
     """Write the tensors of the pickle `source` to the safetensors file `target`, which is absent after a failure.
 
     Takes plain state dicts and one level of nesting (`{"state_dict": {...}}`). Raises BadFile when the file holds
-    anything but tensors and plain values, is broken, or wants more memory or time than a LoRA needs.
+    anything but tensors and plain values, is broken, or wants more memory or time than its size explains; Cancelled
+    and FetchTimeout when `budget` ends first.
     """
-    command = [sys.executable, "-m", "sdxl_worker.assets.pickles", str(source), str(target)]
-    root = Path(__file__).resolve().parents[2]
     limit = INFLATION * source.stat().st_size
-    try:
-        done = subprocess.run(
-            [*command, str(limit)],
-            cwd=root,
-            timeout=SECONDS,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        target.unlink(missing_ok=True)
-        raise BadFile("reading the pickle took too long; convert the file to safetensors") from None
-    if done.returncode != 0:
-        target.unlink(missing_ok=True)
-        if done.returncode == _EXIT_NOT_TENSORS:
-            raise BadFile("the pickle holds something other than a table of tensors")
-        raise BadFile("the pickle cannot be read safely: it is broken, hostile or inflates to more than a LoRA needs")
+    command = [sys.executable, "-m", "sdxl_worker.assets.pickles", str(source), str(target), str(limit)]
+    nothing = subprocess.DEVNULL
+    status = None
+    with subprocess.Popen(command, cwd=_ROOT, stdin=nothing, stdout=nothing, stderr=nothing) as process:
+        try:
+            status = _exit_status(process, budget or Budget.start(SECONDS))
+        finally:
+            if status != 0:
+                process.kill()
+                process.wait()
+                target.unlink(missing_ok=True)
+    if status == _EXIT_NOT_TENSORS:
+        raise BadFile("the pickle holds something other than a table of tensors")
+    if status != 0:
+        raise BadFile("the pickle cannot be read safely: it is broken, hostile or inflates to far more than its size")
+
+
+def _exit_status(process: subprocess.Popen[bytes], budget: Budget) -> int:
+    """The status of `process` once it has ended; raises Cancelled, FetchTimeout and BadFile while it has not."""
+    own = Budget.start(SECONDS)
+    while True:
+        try:
+            return process.wait(TICK_S)
+        except subprocess.TimeoutExpired:
+            budget.check()
+            if own.is_over:
+                raise BadFile("reading the pickle took too long; convert the file to safetensors") from None
 
 
 def _tensors(content: Any) -> Iterator[tuple[str, Any]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
-import resource
+import signal
+import subprocess
 import zipfile
 from pathlib import Path
 
@@ -12,8 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sdxl_worker.assets.budget import Budget
 from sdxl_worker.assets.pickles import convert_pickle
-from sdxl_worker.errors import BadFile
+from sdxl_worker.errors import BadFile, Cancelled, FetchTimeout, WorkerError
+from tests.support.fresh_process import cost_of
 
 TENSORS = {"lora_unet_x.lora_up.weight": torch.randn(4, 2).half(), "lora_unet_x.alpha": torch.tensor(2.0)}
 
@@ -23,7 +26,7 @@ TENSORS = {"lora_unet_x.lora_up.weight": torch.randn(4, 2).half(), "lora_unet_x.
 def test_a_good_pickle_keeps_every_bit(content, zipped: bool, tmp_path: Path):
     source, target = tmp_path / "a.pt", tmp_path / "a.safetensors"
     torch.save(content, source, _use_new_zipfile_serialization=zipped)
-    convert_pickle(source, target)
+    convert_pickle(source, target, Budget.start(600))
     loaded = load_file(str(target))
     assert loaded.keys() == TENSORS.keys()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in TENSORS.items())
@@ -41,10 +44,10 @@ def test_a_hostile_pickle_runs_nothing(tmp_path: Path):
     marker, source, target = tmp_path / "executed", tmp_path / "a.pt", tmp_path / "a.safetensors"
     source.write_bytes(pickle.dumps(_Exploit(marker)))
     with pytest.raises(BadFile, match="cannot be read safely"):
-        convert_pickle(source, target)
+        convert_pickle(source, target, Budget.start(600))
     torch.save({"x": _Exploit(marker)}, source)
     with pytest.raises(BadFile, match="cannot be read safely"):
-        convert_pickle(source, target)
+        convert_pickle(source, target, Budget.start(600))
     assert not marker.exists()
     assert not target.exists()
 
@@ -54,10 +57,40 @@ def test_a_pickle_that_expands_is_refused_and_costs_the_worker_nothing(tmp_path:
     # One element, claimed to be half a gigabyte of them by its strides.
     torch.save({"x.lora_up.weight": torch.zeros(1).expand(2**27)}, source)
     assert source.stat().st_size < 4096
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(BadFile, match="inflates"):
-        convert_pickle(source, target)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 32 * 1024
+    setup = f"""
+from sdxl_worker.assets.budget import Budget
+from sdxl_worker.assets.pickles import convert_pickle
+from sdxl_worker.errors import BadFile
+source, target = Path({str(source)!r}), Path({str(target)!r})
+"""
+    code = """
+try:
+    convert_pickle(source, target, Budget.start(600))
+except BadFile as error:
+    assert "inflates" in str(error), error
+else:
+    raise AssertionError("accepted")
+"""
+    assert cost_of(code, setup)[0] < 32 * 2**20
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("ends_by", [Cancelled, FetchTimeout])
+def test_a_conversion_ends_with_the_job(ends_by: type[WorkerError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    source, target = tmp_path / "a.pt", tmp_path / "a.safetensors"
+    os.mkfifo(source)  # nobody writes to it: the process waits for ever
+    started: list[subprocess.Popen[bytes]] = []
+    start = subprocess.Popen
+
+    def remember(*arguments, **options):
+        started.append(start(*arguments, **options))
+        return started[0]
+
+    monkeypatch.setattr(subprocess, "Popen", remember)
+    budgets = {Cancelled: Budget.start(600, lambda: bool(started)), FetchTimeout: Budget.start(0.5)}
+    with pytest.raises(ends_by):
+        convert_pickle(source, target, budgets[ends_by])
+    assert [process.returncode for process in started] == [-signal.SIGKILL]
     assert not target.exists()
 
 
@@ -69,17 +102,17 @@ def test_a_compressed_pickle_that_inflates_is_refused(tmp_path: Path):
             packed.writestr(name, archive.read(name))
     assert source.stat().st_size < 200_000
     with pytest.raises(BadFile, match="inflates"):
-        convert_pickle(source, target)
+        convert_pickle(source, target, Budget.start(600))
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage", b"<html>", b"\x80\x02}q\x00."])
 def test_a_broken_pickle_is_refused(content: bytes, tmp_path: Path):
     (tmp_path / "a.pt").write_bytes(content)
     with pytest.raises(BadFile):
-        convert_pickle(tmp_path / "a.pt", tmp_path / "a.safetensors")
+        convert_pickle(tmp_path / "a.pt", tmp_path / "a.safetensors", Budget.start(600))
 
 
 def test_a_pickle_without_tensors_says_so(tmp_path: Path):
     torch.save({"a": "text"}, tmp_path / "a.pt")
     with pytest.raises(BadFile, match="something other than a table of tensors"):
-        convert_pickle(tmp_path / "a.pt", tmp_path / "a.safetensors")
+        convert_pickle(tmp_path / "a.pt", tmp_path / "a.safetensors", Budget.start(600))
