@@ -12,7 +12,6 @@ bench/results/.
 from __future__ import annotations
 
 import argparse
-import functools
 import io
 import json
 import logging
@@ -51,7 +50,7 @@ class JobLines(logging.Handler):
         self.stages: dict[str, list[float]] = defaultdict(list)
 
     def emit(self, record: logging.LogRecord) -> None:
-        for stage, milliseconds in json.loads(record.getMessage().removeprefix("job "))["ms"].items():
+        for stage, milliseconds in json.loads(record.getMessage())["ms"].items():
             self.stages[stage].append(milliseconds)
 
 
@@ -63,7 +62,7 @@ def request_overhead(repeats: int, side: int, steps: int) -> dict[str, Any]:
         module.eval().requires_grad_(False)
     resident = Worker(Settings(model_id="tiny"))
     resident._pipeline = pipeline
-    handler._worker = functools.cache(lambda: resident)  # the narrow model has no MODEL_ID
+    handler.process.worker = resident  # the narrow model has no MODEL_ID
     fields = {"prompt": "a lighthouse", "width": side, "height": side, "num_inference_steps": steps, "seed": 1}
     request = validate_request(fields)
     lines = JobLines()

@@ -42,7 +42,7 @@ class WorkerError(Exception):
 
     code: str = "INTERNAL"
     caller_at_fault: ClassVar[bool] = False
-    refresh_worker: ClassVar[bool] = False
+    refresh_worker: bool = False
 
     def as_answer(self) -> dict[str, object]:
         """The job's JSON answer: `{"error": "CODE: sentence"}`, with `refresh_worker` where it is needed."""

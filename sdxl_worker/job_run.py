@@ -8,12 +8,16 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from sdxl_worker.errors import Cancelled
+from sdxl_worker.logs import PLAIN
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,10 @@ class JobRun:
         finally:
             self.milliseconds[name] = self.milliseconds.get(name, 0.0) + 1000 * (time.perf_counter() - start)
 
+    def timed(self, change: AbstractContextManager[T], entering: str, leaving: str) -> AbstractContextManager[T]:
+        """`change`, with the time that it takes to enter and to leave it measured under these names."""
+        return _Timed(self, change, entering, leaving)
+
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Report and measure a stage; a stopped job does not enter it but raises Cancelled."""
@@ -158,4 +166,20 @@ class JobRun:
         stages = {name: round(spent, 1) for name, spent in self.milliseconds.items()}
         stages["total"] = round(1000 * (time.perf_counter() - self._started), 1)
         line = {"job": self.job_id, "outcome": outcome, "ms": stages, **self.facts}
-        logger.info("job %s", json.dumps(line, default=str))
+        logger.info("%s", json.dumps(line, default=str), extra={PLAIN: True})
+
+
+@dataclass(frozen=True)
+class _Timed(AbstractContextManager[T]):
+    run: JobRun
+    change: AbstractContextManager[T]
+    entering: str
+    leaving: str
+
+    def __enter__(self) -> T:
+        with self.run.measure(self.entering):
+            return self.change.__enter__()
+
+    def __exit__(self, *error: Any) -> bool | None:
+        with self.run.measure(self.leaving):
+            return self.change.__exit__(*error)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextvars
+import json
 import logging
 import os
+import sys
 from collections.abc import Sequence
 
 from tqdm import tqdm
@@ -13,6 +15,8 @@ from sdxl_worker.masking import mask_urls
 
 current_job: contextvars.ContextVar[str | None] = contextvars.ContextVar("current_job", default=None)
 
+# `extra={PLAIN: True}`: the message is a line by itself, without level, job or logger in front and never cut.
+PLAIN = "plain"
 _LEVELS = {logging.DEBUG: "DEBUG", logging.INFO: "INFO", logging.WARNING: "WARN", logging.ERROR: "ERROR"}
 # Their INFO and DEBUG lines hold whole URLs, with tokens and signatures in the queries.
 _HTTP_LIBRARIES = (
@@ -47,9 +51,25 @@ class RunPodHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         level = _LEVELS.get(record.levelno, "ERROR" if record.levelno > logging.ERROR else "INFO")
+        plain = getattr(record, PLAIN, False)
+        text = masked(record.getMessage() if plain else self.format(record), self._secrets)
         # A progress bar on the same terminal steps aside for the line.
         with tqdm.external_write_mode():
-            self._target.log(masked(self.format(record), self._secrets), level, current_job.get())
+            if plain:
+                self._write(text, level)
+            else:
+                self._target.log(text, level, current_job.get())
+
+    def _write(self, line: str, level: str) -> None:
+        """What the SDK's logger would write, but for its prefix and its limit of 4,096 characters."""
+        from runpod.serverless.modules.rp_logger import LOG_LEVELS
+
+        if self._target.level == "NOTSET" or LOG_LEVELS.index(self._target.level) > LOG_LEVELS.index(level):
+            return
+        if os.environ.get("RUNPOD_ENDPOINT_ID"):
+            line = json.dumps({"requestId": current_job.get(), "message": line, "level": level})
+        sys.stdout.write(f"{line}\n")
+        sys.stdout.flush()
 
 
 def configure_logging(secrets: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import logging
 import threading
 import weakref
@@ -14,17 +15,19 @@ from typing import TYPE_CHECKING, Any
 from PIL.Image import Image
 
 from sdxl_worker.assets.store import AssetStore
-from sdxl_worker.errors import Cancelled, WorkerError
+from sdxl_worker.errors import Cancelled, ModelUnavailable, OutOfMemory
 from sdxl_worker.generate.input_image import fetch_input_image
 from sdxl_worker.job_run import Denoising, JobRun, NoProgress, Progress
 from sdxl_worker.kinds import LORA
 from sdxl_worker.logs import current_job
-from sdxl_worker.lora.engine import AppliedLora, LoraEngine
+from sdxl_worker.lora.engine import AppliedLora, LoraEngine, ParsedLora
 from sdxl_worker.lora.ready import ReadyLora, make_ready
-from sdxl_worker.request import GenerationRequest, LoraSpec
-from sdxl_worker.serving.answers import answer_limit, check_size, sendable
+from sdxl_worker.lora_entries import parse_lora_entries
+from sdxl_worker.request import GenerationRequest, LoraScale, LoraSpec
+from sdxl_worker.serving.answers import answer_limit, check_size, json_size, sendable
 from sdxl_worker.serving.delivery import deliver
-from sdxl_worker.serving.faults import Health, as_worker_error
+from sdxl_worker.serving.faults import Health, as_worker_error, free_memory
+from sdxl_worker.serving.fitness import checks, startup_line
 from sdxl_worker.serving.mode import Mode
 from sdxl_worker.serving.progress import BarProgress, RunPodProgress, preview_jpeg
 from sdxl_worker.serving.turns import Turns
@@ -72,8 +75,53 @@ class Worker:
                 self._engines[pipeline] = LoraEngine(pipeline, int(self.settings.lora_ram_cache_gb * 2**30))
             return self._engines[pipeline]
 
-    def start_run(self, job: dict[str, Any]) -> JobRun:
+    def get_ready(self) -> None:
+        """Everything that comes before the first job: start-up line, cache folder, model, preloaded LoRAs.
+
+        Raises ModelUnavailable; only on RunPod's queue is that left for the fitness checks, which tell RunPod.
+        """
+        logger.info("%s", startup_line(self.settings))
+        self.assets.prepare()
+        try:
+            _ = self.pipeline
+            self.preload()
+        except ModelUnavailable as error:
+            if self.mode is not Mode.PRODUCTION:
+                raise
+            logger.error("%s: %s", error.code, error)
+        # What the libraries have made so far stays for good: looking through it again in every full collection costs
+        # a job some 0.3 s.
+        gc.collect()
+        gc.freeze()
+
+    def preload(self) -> None:
+        """Make every LORA_PRELOAD reference ready; one that fails, however it does, is logged and left out."""
+        references = [text.strip() for text in self.settings.lora_preload.split(",") if text.strip()]
+        for file in self.assets.preload(references, LORA) if references else ():
+            try:
+                with LORA.own_codes():
+                    self.engine_of(self.pipeline).read(file.path)
+            except ModelUnavailable:
+                raise
+            except Exception as error:
+                failure = as_worker_error(error)
+                trace = None if failure is error else error
+                logger.error("LORA_PRELOAD: %s: %s: %s", file.reference, failure.code, failure, exc_info=trace)
+
+    def checks(self) -> list[functools.partial[None]]:
+        """What has to pass before the first job on RunPod; each raises UnhealthyWorker."""
+        return checks(self.settings, lambda: self.pipeline)
+
+    def close(self) -> None:
+        """Let go of the pipeline and all that was read for it; the next job would load it again."""
+        with self._lock:
+            self._pipeline = None
+            self._engines.clear()
+        gc.collect()
+
+    def start_run(self, job: Any) -> JobRun:
         """What accompanies a job that has just arrived; takes its place in the queue for the device."""
+        job = job if isinstance(job, dict) else {}
         reporters: dict[Mode, Callable[[], Progress]] = {
             Mode.LOCAL: BarProgress,
             Mode.PRODUCTION: lambda: RunPodProgress(job),
@@ -85,17 +133,16 @@ class Worker:
         """How many bytes an answer may have; None in a local run, which posts nothing."""
         return None if self.mode is Mode.LOCAL else answer_limit(job_id)
 
-    def run(self, job: dict[str, Any], run: JobRun | None = None) -> dict[str, Any]:
+    def run(self, job: Any, run: JobRun | None = None) -> dict[str, Any]:
         """The answer to a job: pictures, seed, LoRAs and warnings, or `{"error": "CODE: sentence"}`. Never raises.
 
         `run` accompanies a job that someone may stop or wants to follow.
         """
-        job = job if isinstance(job, dict) else {}
         run = run or self.start_run(job)
         token = current_job.set(run.job_id)
         outcome = "ok"
         try:
-            answer = sendable(self._answer(job.get("input"), run))
+            answer = sendable(self._answer(job.get("input") if isinstance(job, dict) else None, run))
             check_size(answer, self.answer_limit(run.job_id))
         except Exception as error:
             answer = self._failure(error)
@@ -105,29 +152,49 @@ class Worker:
             current_job.reset(token)
         return answer
 
-    def preload(self) -> None:
-        """Make every LORA_PRELOAD reference ready; one that fails is logged and left out."""
-        references = [text.strip() for text in self.settings.lora_preload.split(",") if text.strip()]
-        for file in self.assets.preload(references, LORA):
-            try:
-                self.engine_of(self.pipeline).read(file.path)
-            except WorkerError as error:
-                logger.error("LORA_PRELOAD: %s: %s", error.code, error)
+    def load_loras(self, pipeline: Any, entries: Sequence[Any]) -> tuple[list[Path], list[LoraScale]]:
+        """Local files and scales of a request's `loras`, checked against `pipeline`; malformed entries are left out.
 
-    def ready_loras(self, pipeline: Any, specs: Sequence[LoraSpec], run: JobRun) -> list[ReadyLora]:
-        """The request's LoRAs, fetched, checked and read; raises FetchError, AssetFileError and Cancelled."""
+        Raises FetchError and AssetFileError.
+        """
+        specs, warnings = parse_lora_entries(entries)
+        for warning in warnings:
+            logger.warning("%s", warning)
+        run = self.start_run({})
+        try:
+            ready = self._ready_loras(pipeline, specs, run)
+        finally:
+            run.finish("loras only")
+        return [lora.file.path for lora in ready], [lora.spec.scale for lora in ready]
+
+    def apply_loras(
+        self, pipeline: Any, loras: Sequence[Path | ParsedLora], scales: Sequence[LoraScale | float]
+    ) -> list[AppliedLora]:
+        """Merge LoRAs (files, or what was read from them) into the weights, replacing what was merged before.
+
+        Raises AssetFileError; the weights are then as they were.
+        """
+        engine = self.engine_of(pipeline)
+        parsed = [lora if isinstance(lora, ParsedLora) else engine.read(Path(lora)) for lora in loras]
+        wanted = [scale if isinstance(scale, LoraScale) else LoraScale.uniform(float(scale)) for scale in scales]
+        return engine.apply(list(zip(parsed, wanted, strict=True)))
+
+    def _ready_loras(self, pipeline: Any, specs: Sequence[LoraSpec], run: JobRun) -> list[ReadyLora]:
         return make_ready(specs, self.assets, functools.partial(self.engine_of, pipeline), run)
 
     def _failure(self, error: Exception) -> dict[str, Any]:
+        """The answer to a job that failed; the log gets a line, and a traceback when the worker is at fault."""
         failure = as_worker_error(error)
-        if failure is not error or failure.__cause__ is not None:
-            logger.error("%s: %s", failure.code, failure, exc_info=error)
-        elif not isinstance(failure, Cancelled):
+        if isinstance(failure, OutOfMemory):
+            free_memory(error)
+        if isinstance(failure, Cancelled):
+            pass
+        elif failure.caller_at_fault:
             logger.warning("%s: %s", failure.code, failure)
-        answer = sendable(failure.as_answer())
-        if self.health.failed(failure):
-            answer["refresh_worker"] = True
-        return answer
+        else:
+            unforeseen = failure is not error or failure.__cause__ is not None
+            logger.error("%s: %s", failure.code, failure, exc_info=error if unforeseen else None)
+        return sendable(failure.as_answer())
 
     def _answer(self, raw_input: Any, run: JobRun) -> dict[str, Any]:
         from sdxl_worker import prompts
@@ -137,15 +204,20 @@ class Worker:
             bucket_is_configured(self.settings)
         pipeline = self.pipeline
         image = fetch_input_image(request.image_url, self.settings, run) if request.image_url else None
-        ready = self.ready_loras(pipeline, request.loras, run) if request.loras else []
+        ready = self._ready_loras(pipeline, request.loras, run) if request.loras else []
         pictures, applied = self._draw(pipeline, request, ready, image, run)
-        images, warnings = deliver(pictures, request, [lora.used for lora in ready], run, self)
-        answer: dict[str, Any] = {"images": images, "image_url": images[0], "seed": request.seed}
+        answer: dict[str, Any] = {"images": [""] * len(pictures), "image_url": "", "seed": request.seed}
         pairs = list(zip(ready, applied, strict=True))
         if request.loras_requested:
             answer["loras"] = [lora.as_json(done) for lora, done in pairs]
-        warnings += prompts.unread(pipeline, request)
-        warnings = [*request.warnings, *warnings, *(line for lora, done in pairs for line in lora.warnings(done))]
+        warnings = [*request.warnings, *prompts.unread(pipeline, request)]
+        warnings += [line for lora, done in pairs for line in lora.warnings(done)]
+        limit = self.answer_limit(run.job_id)
+        room = None if limit is None else limit - json_size({**answer, "warnings": warnings})
+        delivered = deliver(pictures, request, [lora.used for lora in ready], run, self.settings, self.mode, room)
+        self.saved += delivered.saved
+        answer |= {"images": delivered.images, "image_url": delivered.images[0]}
+        warnings += delivered.warnings
         return {**answer, "warnings": warnings} if warnings else answer
 
     def _draw(
@@ -156,21 +228,20 @@ class Worker:
         image: Image | None,
         run: JobRun,
     ) -> tuple[list[Image], list[AppliedLora]]:
-        """Render with the LoRAs merged in, and put the weights back whatever happens. Holds the device meanwhile."""
+        """Render on the device, with the LoRAs merged in; all that this takes is undone in reverse whatever happens."""
         from sdxl_worker.generate.render import render
 
         on_step = functools.partial(_after_step, run, request.preview)
         applied: list[AppliedLora] = []
-        with run.device(), self.health.watch(), ExitStack() as changes:
+        with ExitStack() as stack:
+            stack.enter_context(run.device())
+            stack.enter_context(self.health.watch())
             if ready:
-                with run.measure("applying_loras"):
-                    loras = [(lora.parsed, lora.spec.scale) for lora in ready]
-                    applied = changes.enter_context(self.engine_of(pipeline).applied(loras))
-            with run.stage("denoising"):
-                pictures = render(pipeline, request, init_image=image, on_step=on_step)
-            with run.measure("restoring"):
-                changes.close()
-        return pictures, applied
+                change = self.engine_of(pipeline).applied([(lora.parsed, lora.spec.scale) for lora in ready])
+                applied = stack.enter_context(run.timed(change, "applying_loras", "restoring"))
+            stack.enter_context(run.stage("denoising"))
+            stack.enter_context(self.health.rendering())
+            return render(pipeline, request, init_image=image, on_step=on_step), applied
 
 
 def _after_step(run: JobRun, with_preview: bool, step: int, steps: int, latents: Any) -> None:

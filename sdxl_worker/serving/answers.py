@@ -38,11 +38,16 @@ def sendable(value: Any) -> Any:
     return sendable(str(value))
 
 
+def json_size(answer: dict[str, Any]) -> int:
+    """How many bytes the answer has as the SDK sends it."""
+    return len(json.dumps(sendable(answer), ensure_ascii=False).encode())
+
+
 def check_size(answer: dict[str, Any], limit: int | None) -> None:
     """Raise ResponseTooLarge, saying what to do, when the answer's JSON has more than `limit` bytes."""
     if limit is None:
         return
-    size = len(json.dumps(answer, ensure_ascii=False).encode())
+    size = json_size(answer)
     if size > limit:
         raise ResponseTooLarge(
             f"the answer has {size / 1e6:.1f} MB and RunPod takes {limit / 1e6:.1f} MB: ask for output_format jpeg, "

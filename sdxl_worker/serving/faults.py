@@ -46,7 +46,7 @@ def free_memory(error: Exception) -> None:
 class Health:
     """Whether this process can still be trusted.
 
-    One request that is too large says nothing about the process, two in a row that run out of memory do. After an
+    One picture that is too large says nothing about the process, two in a row that run out of memory do. After an
     error whose class says so, every later job is refused, because its picture could be wrong.
     """
 
@@ -70,16 +70,25 @@ class Health:
             yield
         except Exception as error:
             failure = as_worker_error(error)
-            if failure.refresh_worker:
+            if type(failure).refresh_worker:
                 self._fatal = failure
             if not failure.caller_at_fault:
                 free_memory(error)
             raise
-        self._out_of_memory_in_a_row = 0
 
-    def failed(self, error: WorkerError) -> bool:
-        """Count a failed job; True when a fresh worker is needed."""
-        if isinstance(error, OutOfMemory):
+    @contextlib.contextmanager
+    def rendering(self) -> Iterator[None]:
+        """Around rendering alone: what a file takes while it is read or merged says nothing about this process.
+
+        The second time in a row that memory runs out here, the OutOfMemory that leaves asks for a fresh worker.
+        """
+        try:
+            yield
+        except Exception as error:
+            failure = as_worker_error(error)
+            if not isinstance(failure, OutOfMemory):
+                raise
             self._out_of_memory_in_a_row += 1
-            return self._out_of_memory_in_a_row > 1
-        return error.refresh_worker
+            failure.refresh_worker = self._out_of_memory_in_a_row > 1
+            raise failure from error
+        self._out_of_memory_in_a_row = 0

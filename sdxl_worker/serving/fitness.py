@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import functools
 import logging
 import platform
 import shutil
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
@@ -17,9 +19,8 @@ from sdxl_worker.errors import WorkerError
 from sdxl_worker.generate.infotext import model_name
 from sdxl_worker.generate.render import render
 from sdxl_worker.request import GenerationRequest
-
-if TYPE_CHECKING:
-    from sdxl_worker.worker import Worker
+from sdxl_worker.serving.upload import bucket_is_configured, try_upload
+from sdxl_worker.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -33,22 +34,31 @@ class UnhealthyWorker(Exception):
     """This worker cannot do its job; the sentence says what to change."""
 
 
-def check_model(worker: Worker) -> None:
+def checks(settings: Settings, pipeline: Callable[[], Any]) -> list[functools.partial[None]]:
+    """What has to pass, in this order; `pipeline` gives the resident one or raises ModelUnavailable."""
+    return [
+        functools.partial(check_model, pipeline),
+        functools.partial(check_cache_folder, settings.lora_cache_dir),
+        functools.partial(check_gpu_memory, pipeline),
+        functools.partial(check_bucket, settings),
+    ]
+
+
+def check_model(pipeline: Callable[[], Any]) -> None:
     """The base model loads and renders; raises UnhealthyWorker. A model that is not numbers renders one colour."""
     try:
-        (picture,) = render(worker.pipeline, PROBE)
+        (picture,) = render(pipeline(), PROBE)
     except (WorkerError, RuntimeError) as error:
         raise UnhealthyWorker(f"{error}. Change MODEL_ID or VAE_ID, or choose a larger GPU") from error
     if len(picture.getcolors(PROBE.width * PROBE.height) or ()) == 1:
         raise UnhealthyWorker("the base model renders an empty picture: change MODEL_ID or VAE_ID")
 
 
-def check_cache_folder(worker: Worker) -> None:
+def check_cache_folder(folder: Path) -> None:
     """A file can be written and renamed where LoRAs are kept; raises UnhealthyWorker.
 
     A volume that is merely full is only logged: what is cached still works, and new LoRAs go to temporary space.
     """
-    folder = worker.settings.lora_cache_dir
     try:
         with temporary_file(folder, "health-check") as (path, handle):
             handle.write(b"1")
@@ -66,9 +76,9 @@ def check_cache_folder(worker: Worker) -> None:
         ) from error
 
 
-def check_gpu_memory(worker: Worker) -> None:
+def check_gpu_memory(pipeline: Callable[[], Any]) -> None:
     """What is free beside the resident model holds one picture; raises UnhealthyWorker. Nothing to say on a CPU."""
-    device = worker.pipeline.device
+    device = pipeline().device
     if device.type != "cuda":
         return
     # What the probe left in PyTorch's cache is free for the next picture.
@@ -81,12 +91,17 @@ def check_gpu_memory(worker: Worker) -> None:
         )
 
 
-CHECKS = (check_model, check_cache_folder, check_gpu_memory)
+def check_bucket(settings: Settings) -> None:
+    """A picture can be put into the bucket, if one is set; raises UnhealthyWorker."""
+    try:
+        if bucket_is_configured(settings):
+            try_upload()
+    except WorkerError as error:
+        raise UnhealthyWorker(str(error)) from error
 
 
-def startup_line(worker: Worker) -> str:
+def startup_line(settings: Settings) -> str:
     """One line: versions, device, model, cache folder and the space left in it."""
-    settings = worker.settings
     versions = " ".join(f"{name} {_version(name)}" for name in _VERSIONS)
     return (
         f"worker: python {platform.python_version()} {versions}; device {_device()}; "

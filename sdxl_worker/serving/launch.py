@@ -1,28 +1,18 @@
-"""Start the process: help, logging, what has to be ready before the first job, and the SDK's configuration."""
+"""How a process is started: its help, what its arguments and RunPod's variables mean, its checks."""
 
 from __future__ import annotations
 
 import argparse
 import functools
-import gc
 import json
-import logging
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sdxl_worker.errors import ModelUnavailable
-from sdxl_worker.serving.fitness import CHECKS, startup_line
 from sdxl_worker.serving.mode import Mode
-from sdxl_worker.serving.sdk_loop import leave_promptly, retry_dropped_connections, running_scaler
 from sdxl_worker.settings import Settings
-
-if TYPE_CHECKING:
-    from sdxl_worker.worker import Worker
-
-logger = logging.getLogger(__name__)
 
 _USAGE = """SDXL with per-request LoRAs, as a RunPod serverless worker.
 
@@ -33,22 +23,61 @@ _USAGE = """SDXL with per-request LoRAs, as a RunPod serverless worker.
 
 On RunPod the same command takes jobs from the endpoint's queue. Environment variables (README has more about each):
 """
+# Said here once more, and held to the SDK's parser by a test: asking the parser itself means importing the SDK, which
+# takes over a second.
+_SDK_OPTIONS = """
+Options of the RunPod SDK:
+  --test_input JSON          one job, instead of the one in test_input.json
+  --rp_serve_api             serve RunPod's API over HTTP
+  --rp_api_host HOST         where (default localhost)
+  --rp_api_port PORT         where (default 8000)
+  --rp_api_concurrency N     processes that serve it (default 1)
+  --rp_log_level LEVEL       ERROR, WARN, INFO or DEBUG
+  --rp_debugger              add the SDK's own measurements to the answer
+"""
+# Variables of RunPod that the SDK reads as whole numbers, some while it is imported, and what they are without one.
+_NUMBERS = {"RUNPOD_REALTIME_PORT": 0, "RUNPOD_REALTIME_CONCURRENCY": 1, "RUNPOD_PING_INTERVAL": 10_000}
+_LOG_LEVELS = ("NOTSET", "TRACE", "DEBUG", "INFO", "WARN", "ERROR")
+MAX_PORT = 65_535
 
 
-def help_text(sdk_parser: argparse.ArgumentParser) -> str:
+def wants_help(arguments: Iterable[str]) -> bool:
+    """True when the command line asks for help."""
+    return not {"-h", "--help"}.isdisjoint(arguments)
+
+
+def help_text() -> str:
     """What --help prints: the ways to start, the environment variables, the SDK's own options."""
     variables = "\n".join(
         f"  {entry.metadata['name']:25} {entry.metadata['meaning']}"
         + (f" (default {entry.default})" if str(entry.default) and entry.repr else "")
         for entry in fields(Settings)
     )
-    options = sdk_parser.format_help().partition("options:")[2].strip("\n")
-    return f"{_USAGE}{variables}\n\nOptions of the RunPod SDK:\n{options}\n"
+    return f"{_USAGE}{variables}\n{_SDK_OPTIONS}"
+
+
+def check_environment() -> None:
+    """Raise ValueError, naming the variable, for what the SDK would end in a traceback over."""
+    for name, default in _NUMBERS.items():
+        _number(name, default)
+    if not 0 <= _number("RUNPOD_REALTIME_PORT", 0) <= MAX_PORT:
+        raise ValueError(f"RUNPOD_REALTIME_PORT should be between 0 and {MAX_PORT}")
+    for name in ("RUNPOD_LOG_LEVEL", "RUNPOD_DEBUG_LEVEL"):
+        if (level := os.environ.get(name)) is not None and level.upper() not in _LOG_LEVELS:
+            raise ValueError(f"{name} should be one of {', '.join(_LOG_LEVELS)}, not {level!r}")
+
+
+def _number(name: str, default: int) -> int:
+    raw = os.environ.get(name)
+    try:
+        return default if raw is None else int(raw)
+    except ValueError:
+        raise ValueError(f"{name} should be a whole number, not {raw!r}") from None
 
 
 def mode_of(arguments: argparse.Namespace) -> Mode:
     """How the SDK will get its jobs with these of its arguments, and this environment."""
-    if arguments.rp_serve_api or int(os.environ.get("RUNPOD_REALTIME_PORT", "0")):
+    if arguments.rp_serve_api or _number("RUNPOD_REALTIME_PORT", 0):
         return Mode.API
     if arguments.test_input or os.environ.get("RUNPOD_WEBHOOK_GET_JOB") is None:
         return Mode.LOCAL
@@ -67,46 +96,30 @@ def check_local_job(arguments: argparse.Namespace) -> None:
         name, text = "test_input.json", Path("test_input.json").read_text(encoding="utf-8", errors="replace")
     try:
         job = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{name} is not valid JSON: {error}") from None
     if not isinstance(job, dict) or job.get("input") is None:
         raise ValueError(f'{name} has no "input"; it should look like {{"input": {{"prompt": "a lighthouse"}}}}')
 
 
-def get_ready(worker: Worker) -> None:
-    """Everything that comes before the first job: start-up line, cache folder, model, preloaded LoRAs.
+def prepare(settings: Settings) -> argparse.Namespace:
+    """Send all logging to the SDK's logger, and read the command line as the SDK will. Imports the SDK."""
+    import runpod.serverless as sdk
 
-    Raises ModelUnavailable; only on RunPod's queue is that left for the fitness checks, which tell RunPod.
-    """
-    logger.info("%s", startup_line(worker))
-    worker.assets.prepare()
-    try:
-        _ = worker.pipeline
-        worker.preload()
-    except ModelUnavailable:
-        if worker.mode is not Mode.PRODUCTION:
-            raise
-        logger.exception("the base model is not available")
-    # What the libraries have made so far stays for good: looking through it again in every full collection costs a job
-    # some 0.3 s.
-    gc.collect()
-    gc.freeze()
+    from sdxl_worker.logs import configure_logging
+
+    configure_logging(settings.secrets)
+    arguments, _ = sdk.parser.parse_known_args()
+    return arguments
 
 
-def register_checks(worker: Worker, register: Callable[[Callable[[], None]], Any]) -> None:
-    """Hand our fitness checks to the SDK, which runs them on RunPod before it takes a job."""
-    for check in CHECKS:
-        register(functools.wraps(check)(functools.partial(check, worker)))
+def start(config: dict[str, Any], checks: Iterable[functools.partial[None]]) -> None:
+    """Hand over to the SDK, which runs the checks on RunPod before it takes a job, and reports them by their names."""
+    import runpod.serverless as sdk
 
+    from sdxl_worker.serving.sdk_loop import retry_dropped_connections
 
-def sdk_config(worker: Worker, handler: Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]) -> dict[str, Any]:
-    """The configuration for runpod.serverless.start."""
-
-    def concurrency(_current: int) -> int:
-        # The SDK calls this first of all in its running loop: the earliest moment at which that loop can be had.
-        if (scaler := running_scaler()) is not None:
-            leave_promptly(scaler)
-        return max(1, worker.settings.worker_concurrency)
-
+    for check in checks:
+        sdk.register_fitness_check(functools.wraps(check.func)(check))
     retry_dropped_connections()
-    return {"handler": handler, "concurrency_modifier": concurrency}
+    sdk.start(config)

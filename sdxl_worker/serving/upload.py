@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from sdxl_worker.errors import UploadError
 from sdxl_worker.generate.images import EncodedImage
@@ -14,6 +16,10 @@ from sdxl_worker.settings import Settings
 logger = logging.getLogger(__name__)
 
 BUCKET_VARIABLES = ("BUCKET_ENDPOINT_URL", "BUCKET_ACCESS_KEY_ID", "BUCKET_SECRET_ACCESS_KEY")
+
+
+# Where the start-up check's object lies while it is there.
+CHECK_FOLDER = "health-check"
 
 
 def bucket_is_configured(settings: Settings) -> bool:
@@ -47,7 +53,6 @@ def upload(encoded: Sequence[EncodedImage], job_id: str, before_each: Callable[[
                 url = rp_upload.upload_image(job_id, str(path))
             except Exception as error:
                 # botocore has some fifty unrelated exception classes; all of them mean the same here.
-                logger.exception("upload of picture %d failed", index)
                 raise UploadError(_sentence(error)) from error
             if not isinstance(url, str) or not url.startswith(("http://", "https://")):
                 raise UploadError("the bucket gave no URL; check the BUCKET_* variables")
@@ -55,11 +60,36 @@ def upload(encoded: Sequence[EncodedImage], job_id: str, before_each: Callable[[
     return urls
 
 
+def try_upload() -> None:
+    """Upload one small object the way pictures are, and delete it again; raises UploadError.
+
+    Keys that may write and not delete do for pictures: that is only logged, and the object stays.
+    """
+    from runpod.serverless.utils import rp_upload
+
+    (url,) = upload([EncodedImage(b"can this worker upload?", ".png", "image/png", 0)], CHECK_FOLDER)
+    # The bucket and the name are the helper's own; the URL, which it signed for reading, ends with both.
+    bucket, key = urlsplit(url).path.rsplit("/", 2)[0].rpartition("/")[2], "/".join(urlsplit(url).path.split("/")[-2:])
+    try:
+        client, _ = rp_upload.get_boto_client()
+        client.delete_object(Bucket=bucket, Key=key)
+    except Exception as error:
+        logger.warning("the start-up check's %s stays in the bucket: %s", key, type(error).__name__)
+
+
 def _sentence(error: Exception) -> str:
     response = getattr(error, "response", None)
     status = response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, dict) else None
     if status in (401, 403):
         return "the bucket refused the upload: check BUCKET_ACCESS_KEY_ID, BUCKET_SECRET_ACCESS_KEY and their rights"
+    if status == 404:
+        return (
+            "the bucket does not exist: BUCKET_ENDPOINT_URL has to name it, as in "
+            "https://BUCKET.s3.REGION.amazonaws.com or https://HOST/BUCKET; without that RunPod's SDK uploads to one "
+            f"called {time.strftime('%m-%y')}"
+        )
     if status is not None:
         return f"the bucket answered the upload with HTTP {status}, on every try"
+    if isinstance(error, ValueError):
+        return "BUCKET_ENDPOINT_URL is not a URL; it should look like https://BUCKET.s3.REGION.amazonaws.com"
     return "the bucket could not be reached: check BUCKET_ENDPOINT_URL"

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from sdxl_worker.assets import cache
-from sdxl_worker.serving import fitness
 from sdxl_worker.serving.fitness import UnhealthyWorker, check_cache_folder, check_gpu_memory, check_model, startup_line
 from sdxl_worker.settings import Settings
 from sdxl_worker.worker import Worker
@@ -20,33 +19,33 @@ def resident(pipeline, tmp_path) -> Worker:
 
 
 def test_a_good_worker_passes(resident):
-    for check in fitness.CHECKS:
-        check(resident)
+    for check in resident.checks():
+        check()
     assert not [path for path in resident.settings.lora_cache_dir.rglob("*") if path.is_file()]
 
 
 def test_a_model_that_cannot_be_loaded(tmp_path):
     with pytest.raises(UnhealthyWorker, match="MODEL_ID"):
-        check_model(Worker(Settings(model_id=str(tmp_path / "none"), lora_cache_dir=tmp_path)))
+        Worker(Settings(model_id=str(tmp_path / "none"), lora_cache_dir=tmp_path)).checks()[0]()
 
 
 def test_a_model_that_renders_no_numbers(resident, monkeypatch):
     vae = resident.pipeline.vae
     monkeypatch.setattr(vae, "decode", lambda *_, **__: (torch.full((1, 3, 64, 64), torch.nan),))
     with pytest.raises(UnhealthyWorker, match="MODEL_ID or VAE_ID"):
-        check_model(resident)
+        check_model(lambda: resident.pipeline)
 
 
 def test_a_model_that_renders_one_colour(resident, monkeypatch):
     monkeypatch.setattr(resident.pipeline.vae, "decode", lambda *_, **__: (torch.zeros(1, 3, 64, 64),))
     with pytest.raises(UnhealthyWorker, match="empty picture"):
-        check_model(resident)
+        check_model(lambda: resident.pipeline)
 
 
 def test_a_cache_folder_that_cannot_be(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UnhealthyWorker, match=r"cannot be written .Not a directory.: attach a network volume, or set"):
-        check_cache_folder(Worker(Settings(model_id="tiny", lora_cache_dir=tmp_path / "file" / "loras")))
+        check_cache_folder(tmp_path / "file" / "loras")
 
 
 def test_a_full_volume_is_only_logged(resident, monkeypatch, caplog):
@@ -54,7 +53,7 @@ def test_a_full_volume_is_only_logged(resident, monkeypatch, caplog):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(cache.Path, "open", full)
-    check_cache_folder(resident)
+    check_cache_folder(resident.settings.lora_cache_dir)
     assert "is full: set LORA_CACHE_MAX_GB" in caplog.text
 
 
@@ -64,14 +63,14 @@ def test_gpu_memory(resident, monkeypatch):
 
     resident._pipeline = Gpu()
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (20 * 2**30, 24 * 2**30))
-    check_gpu_memory(resident)
+    check_gpu_memory(lambda: resident.pipeline)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1 * 2**30, 8 * 2**30))
     with pytest.raises(UnhealthyWorker, match=r"only 1.0 of 8.0 GB .* choose a GPU type with more memory"):
-        check_gpu_memory(resident)
+        check_gpu_memory(lambda: resident.pipeline)
 
 
 def test_the_startup_line(resident):
-    line = startup_line(resident)
+    line = startup_line(resident.settings)
     for part in ("python 3.", "runpod 1.", "torch 2.", "model tiny", str(resident.settings.lora_cache_dir), "GB free"):
         assert part in line
     assert "\n" not in line
