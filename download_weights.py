@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from sdxl_worker.assets.asset_file import AssetFile
-from sdxl_worker.assets.cache import prepare_folder
-from sdxl_worker.assets.eviction import list_cache, prune, verify
+from sdxl_worker.assets.eviction import list_cache, verify
 from sdxl_worker.assets.report import listed_json, lora_facts, write_facts, write_json, write_list, write_table
 from sdxl_worker.assets.store import AssetStore
 from sdxl_worker.errors import WorkerError
@@ -107,7 +106,7 @@ def _progress_bar(name: str) -> Iterator[Callable[[int, int | None], None]]:
 
 
 def _get_loras(options: argparse.Namespace, settings: Settings) -> int:
-    prepare_folder(settings.lora_cache_dir, download_timeout=settings.download_timeout)
+    AssetStore(settings).prepare(LORA)
     loras = []
     for reference in options.lora:
         with _progress_bar(mask(reference)) as update:
@@ -129,7 +128,7 @@ def _list(options: argparse.Namespace, settings: Settings) -> int:
 
 
 def _prune(options: argparse.Namespace, settings: Settings) -> int:
-    removed = [path.name for path in prune(settings)]
+    removed = [path.name for path in AssetStore(settings).prune(LORA)]
     if options.json:
         write_json({"removed": removed})
     else:

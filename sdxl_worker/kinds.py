@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from sdxl_worker.assets.kind import Kind
-from sdxl_worker.errors import AccessDenied, Ambiguous, AssetFileError, BadReference, FetchError, NotFound, WrongFile
+from sdxl_worker.errors import (
+    AccessDenied,
+    Ambiguous,
+    AssetFileError,
+    BadReference,
+    FetchError,
+    NotFound,
+    WorkerError,
+    WrongFile,
+)
 
 
 def _check_lora(path: Path) -> Mapping[str, Any]:
@@ -17,19 +27,72 @@ def _check_lora(path: Path) -> Mapping[str, Any]:
     return check_lora_file(path).as_json()
 
 
+def _check_checkpoint(path: Path) -> Mapping[str, Any]:
+    from sdxl_worker.assets.safetensors_file import read_header
+
+    entries = read_header(path).entries
+    if not entries:
+        raise WrongFile("the file holds no tensors")
+    return {"tensors": len(entries)}
+
+
+def _checkpoint_folder(_settings: object) -> Path:
+    """Beside the Hub's cache, since the image carries both along."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HOME) / "checkpoints"
+
+
+def _family(*bases: type[WorkerError]) -> Iterator[type[WorkerError]]:
+    for base in bases:
+        yield base
+        yield from _family(*base.__subclasses__())
+
+
 LORA = Kind(
     name="LoRA",
     suffixes=(".safetensors", ".pt", ".bin"),
+    sources=("civitai", "hub", "url", "local"),
     folder=lambda settings: settings.lora_cache_dir,
+    cache_limit=lambda settings: settings.lora_cache_max_gb * 1e9,
     max_bytes=lambda settings: int(settings.lora_max_mb * 1e6),
+    timeout_s=lambda settings: settings.download_timeout,
     check=_check_lora,
-    codes={
-        FetchError: "LORA_DOWNLOAD",
-        BadReference: "LORA_REFERENCE",
-        NotFound: "LORA_NOT_FOUND",
-        Ambiguous: "LORA_AMBIGUOUS",
-        AccessDenied: "LORA_AUTH",
-        AssetFileError: "LORA_FILE",
-        WrongFile: "NOT_A_LORA",
-    },
+    codes=MappingProxyType(
+        {
+            FetchError: "LORA_DOWNLOAD",
+            BadReference: "LORA_REFERENCE",
+            NotFound: "LORA_NOT_FOUND",
+            Ambiguous: "LORA_AMBIGUOUS",
+            AccessDenied: "LORA_AUTH",
+            AssetFileError: "LORA_FILE",
+            WrongFile: "NOT_A_LORA",
+        }
+    ),
+)
+
+# MODEL_ID as a single file.
+CHECKPOINT = Kind(
+    name="checkpoint",
+    suffixes=(".safetensors",),
+    sources=("civitai", "hub", "url"),
+    folder=_checkpoint_folder,
+    max_bytes=lambda _: 64 << 30,
+    timeout_s=lambda _: 3 * 3600.0,
+    check=_check_checkpoint,
+    codes=MappingProxyType(dict.fromkeys(_family(FetchError, AssetFileError), "MODEL_UNAVAILABLE")),
+    is_operators=True,
+)
+
+# The picture that an image-to-image request starts from; it is read into memory and checked by decoding it.
+PICTURE = Kind(
+    name="picture",
+    suffixes=(),
+    sources=("url",),
+    max_bytes=lambda _: 32 << 20,
+    timeout_s=lambda settings: settings.download_timeout,
+    codes=MappingProxyType(
+        {FetchError: "FETCH_FAILED"}
+        | dict.fromkeys(_family(BadReference, NotFound, AccessDenied, Ambiguous, AssetFileError), "INVALID_INPUT")
+    ),
 )

@@ -81,7 +81,7 @@ class Worker:
         Raises ModelUnavailable; only on RunPod's queue is that left for the fitness checks, which tell RunPod.
         """
         logger.info("%s", startup_line(self.settings))
-        self.assets.prepare()
+        self.assets.prepare(LORA)
         try:
             _ = self.pipeline
             self.preload()
@@ -203,7 +203,7 @@ class Worker:
             request = validate_request(raw_input)
             bucket_is_configured(self.settings)
         pipeline = self.pipeline
-        image = fetch_input_image(request.image_url, self.settings, run) if request.image_url else None
+        image = fetch_input_image(request.image_url, self.assets, run) if request.image_url else None
         ready = self._ready_loras(pipeline, request.loras, run) if request.loras else []
         pictures, applied = self._draw(pipeline, request, ready, image, run)
         answer: dict[str, Any] = {"images": [""] * len(pictures), "image_url": "", "seed": request.seed}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import download_weights
-from sdxl_worker.assets.cache import sidecar_path
+from sdxl_worker.assets.sidecar import sidecar_path
 from tests.support import http_server as on
 from tests.support.download_files import lora_bytes, published
 from tests.support.http_server import FileServer, sha256

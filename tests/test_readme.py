@@ -12,13 +12,11 @@ import download_weights
 import schemas
 from sdxl_worker import kinds, request, validation
 from sdxl_worker.assets.kind import Kind
-from sdxl_worker.assets.references import (
-    CachedReference,
-    CivitaiReference,
-    HubReference,
-    UrlReference,
-    parse_reference,
-)
+from sdxl_worker.assets.sources import parse_reference
+from sdxl_worker.assets.sources.civitai import CivitaiReference
+from sdxl_worker.assets.sources.hub import HubReference
+from sdxl_worker.assets.sources.local import CachedReference
+from sdxl_worker.assets.sources.url import UrlReference
 from sdxl_worker.errors import AssetFileError, FetchError, WorkerError
 from sdxl_worker.lora_entries import parse_lora_entries
 from sdxl_worker.schedulers import scheduler_names
@@ -99,10 +97,11 @@ def test_errors_table_names_every_code() -> None:
 
 
 def test_each_example_reference_has_the_form_of_its_row() -> None:
-    kinds = [
-        type(parse_reference(unquoted(row["Example"]), Settings())) for row in readme_table("LoRA references", "Form")
+    forms = [
+        type(parse_reference(unquoted(row["Example"]), Settings(), kinds.LORA))
+        for row in readme_table("LoRA references", "Form")
     ]
-    assert kinds == [UrlReference, *[HubReference] * 6, *[CivitaiReference] * 4, *[CachedReference] * 3]
+    assert forms == [UrlReference, *[HubReference] * 6, *[CivitaiReference] * 4, *[CachedReference] * 3]
 
 
 def test_each_example_scale_is_read() -> None:

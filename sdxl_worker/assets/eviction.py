@@ -1,4 +1,6 @@
-"""Keep the cache below LORA_CACHE_MAX_GB, and tell an operator what is in it."""
+"""Keep a cache folder below its limit, and tell an operator what is in it."""
+
+from __future__ import annotations
 
 import contextlib
 import logging
@@ -6,9 +8,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdxl_worker.assets.cache import QUARANTINE, Sidecar, is_held, quarantine, read_sidecar, sidecar_path
+from sdxl_worker.assets.cache import Cache
+from sdxl_worker.assets.folder import QUARANTINE, quarantine
 from sdxl_worker.assets.inspection import file_sha256
-from sdxl_worker.settings import Settings
+from sdxl_worker.assets.references import WEIGHT_SUFFIXES
+from sdxl_worker.assets.sidecar import Sidecar, read_sidecar, sidecar_path
+from sdxl_worker.assets.sources.local import link_to_fetched
 
 logger = logging.getLogger(__name__)
 
@@ -31,10 +36,11 @@ class Listed:
 
 
 def list_cache(folder: Path) -> list[Listed]:
-    """Every LoRA file in the cache, the most recently used first; a file that vanishes meanwhile is left out."""
+    """Every file in the cache, the most recently used first; one that vanishes meanwhile is left out, and so are the
+    other names that requests gave to fetched files."""
     found = []
     for path in folder.glob("*"):
-        if path.suffix not in (".safetensors", ".pt", ".bin"):
+        if path.suffix not in WEIGHT_SUFFIXES or link_to_fetched(path) is not None:
             continue
         with contextlib.suppress(OSError):
             stat = path.stat()
@@ -44,24 +50,20 @@ def list_cache(folder: Path) -> list[Listed]:
     return sorted(found, key=lambda item: item.used_at, reverse=True)
 
 
-def evict(settings: Settings) -> list[Path]:
-    """Keep the cache folder below LORA_CACHE_MAX_GB (0 = no limit); gives what was removed."""
-    limit = settings.lora_cache_max_gb * 1e9
-    return evict_down_to(settings.lora_cache_dir, limit) if limit > 0 else []
-
-
-def evict_down_to(folder: Path, limit: float) -> list[Path]:
-    """Remove least recently used files until `folder` holds at most `limit` bytes.
+def evict(folder: Path, limit: float, cache: Cache) -> list[Path]:
+    """Remove least recently used files until `folder` holds at most `limit` bytes (0 = no limit); gives what went.
 
     What a job of this worker holds, and what anyone used within GRACE_S, stays. Files put there by hand are neither
     removed nor counted. Other workers may do the same at the same time: a file that is gone already is no error.
     """
+    if limit <= 0:
+        return []
     own = [item for item in list_cache(folder) if not item.by_hand]
     total, removed = sum(item.size for item in own), []
     for item in reversed(own):
         if total <= limit:
             break
-        if is_held(item.path) or time.time() - _last_use(item) < GRACE_S:
+        if cache.is_held(item.path) or time.time() - _last_use(item) < GRACE_S:
             continue
         with contextlib.suppress(OSError):
             item.path.unlink(missing_ok=True)
@@ -78,11 +80,11 @@ def _last_use(item: Listed) -> float:
     return read[1] if read is not None else item.used_at
 
 
-def prune(settings: Settings) -> list[Path]:
-    """Evict down to the limit and empty the quarantine."""
-    removed = evict(settings)
+def empty_quarantine(folder: Path) -> list[Path]:
+    """Remove what was put into quarantine; gives what was removed."""
+    removed = []
     with contextlib.suppress(OSError):
-        for path in (settings.lora_cache_dir / QUARANTINE).iterdir():
+        for path in (folder / QUARANTINE).iterdir():
             path.unlink(missing_ok=True)
             removed.append(path)
     return removed

@@ -1,25 +1,15 @@
-"""Check a LoRA file before it counts as cached: size, kind, structure and values."""
+"""What can be said of a local file without knowing its kind: size, hash, whether it is a pickle."""
 
 import hashlib
-import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from sdxl_worker.errors import BadFile, TooLarge
+from sdxl_worker.assets.budget import Budget
+from sdxl_worker.assets.kind import Kind
+from sdxl_worker.errors import TooLarge
 from sdxl_worker.settings import Settings
 
-logger = logging.getLogger(__name__)
-
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-
-
-def check_file(path: Path) -> dict[str, Any]:
-    """The JSON-ready facts of a safetensors LoRA; raises WrongFile or BadFile."""
-    # Reading tensors needs torch, which takes seconds to import: a cache hit and the command line's help do without.
-    from sdxl_worker.lora.file import check_lora_file
-
-    return check_lora_file(path).as_json()
 
 
 def is_pickle(path: Path) -> bool:
@@ -33,13 +23,12 @@ def is_pickle(path: Path) -> bool:
     return start.startswith(_PICKLE_STARTS) and start[8:9] != b"{"
 
 
-def pickle_to_safetensors(source: Path, target: Path, suffix: str) -> None:
-    """Convert a pickle that is announced as one; raises BadFile, also when it goes under another name."""
-    if suffix == ".safetensors":
-        raise BadFile("the file is a pickle under the name of a .safetensors file")
+def pickle_to_safetensors(source: Path, target: Path, budget: Budget) -> None:
+    """Convert a pickle within `budget`; raises BadFile, FetchTimeout and Cancelled."""
+    # Reading tensors needs torch, which takes seconds to import: a cache hit and the command line's help do without.
     from sdxl_worker.assets.pickles import convert_pickle
 
-    convert_pickle(source, target)
+    convert_pickle(source, target, budget)
 
 
 def add_metadata(source: Path, target: Path, metadata: Mapping[str, str]) -> None:
@@ -55,14 +44,16 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def max_lora_bytes(settings: Settings) -> int:
-    """The smaller of LORA_MAX_MB and the SDK's RUNPOD_MAX_DOWNLOAD_BYTES."""
+def max_download_bytes(kind: Kind, settings: Settings) -> int:
+    """The kind's own limit, and for what a request names the SDK's RUNPOD_MAX_DOWNLOAD_BYTES where that is smaller."""
     from runpod.serverless.utils.rp_ssrf import max_download_bytes
 
-    return min(int(settings.lora_max_mb * 1e6), max_download_bytes())
+    own = kind.max_bytes(settings)
+    return own if kind.is_operators else min(own, max_download_bytes())
 
 
-def check_size(path: Path, settings: Settings) -> None:
-    """Raises TooLarge when the file is over LORA_MAX_MB, before anything of it is read."""
-    if path.stat().st_size > settings.lora_max_mb * 1e6:
-        raise TooLarge(f"{path.name} is larger than LORA_MAX_MB ({settings.lora_max_mb:g} MB)")
+def check_size(path: Path, kind: Kind, settings: Settings) -> None:
+    """Raises TooLarge when the file is over its kind's limit, before anything of it is read."""
+    limit = kind.max_bytes(settings)
+    if path.stat().st_size > limit:
+        raise TooLarge(f"{path.name} is larger than the {limit / 1e6:g} MB that are allowed")

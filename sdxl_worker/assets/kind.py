@@ -16,17 +16,40 @@ from sdxl_worker.settings import Settings
 class Kind:
     """One kind of file that references lead to. The kinds there are stand in `sdxl_worker.kinds`.
 
-    `name` is what sentences call it; `folder` and `max_bytes` come from the settings; `check(path)` gives the
-    JSON-ready facts of a safetensors file or raises AssetFileError; `codes` names the public codes of errors that
-    are this kind's own, where they differ from the error class's.
+    `name` is what sentences call it; `sources` are the names of the sources that its references may lead to
+    (`assets.sources.SOURCES`); `codes` names the public codes of errors that are this kind's own, where they differ
+    from the error class's.
+
+    `folder` is where files are kept (None: nowhere, they are read into memory), `cache_limit` how many bytes the
+    worker's own files there may take together (0: no limit). `max_bytes` bounds one file, `timeout_s` one download.
+    `check(path)` gives the JSON-ready facts of a safetensors file or raises AssetFileError; a kind with `.pt` among
+    its `suffixes` takes pickles too, which are converted.
+
+    `is_operators` says that a setting of the worker names the file and not a request: its host may be in a private
+    network, and what was fetched once is kept as it is, though its reference may move.
     """
 
     name: str
     suffixes: tuple[str, ...]
-    folder: Callable[[Settings], Path]
+    sources: tuple[str, ...]
     max_bytes: Callable[[Settings], int]
-    check: Callable[[Path], Mapping[str, Any]]
+    timeout_s: Callable[[Settings], float]
     codes: Mapping[type[WorkerError], str]
+    folder: Callable[[Settings], Path] | None = None
+    cache_limit: Callable[[Settings], float] = lambda _: 0.0
+    check: Callable[[Path], Mapping[str, Any]] = lambda _: {}
+    is_operators: bool = False
+
+    def folder_in(self, settings: Settings) -> Path:
+        """Where files of this kind are kept; ValueError for a kind that is kept nowhere."""
+        if self.folder is None:
+            raise ValueError(f"a {self.name} is not kept in any folder")
+        return self.folder(settings)
+
+    @property
+    def takes_pickles(self) -> bool:
+        """True when `.pt` and `.bin` files are taken, and converted."""
+        return ".pt" in self.suffixes
 
     @contextlib.contextmanager
     def own_codes(self) -> Iterator[None]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from sdxl_worker.assets.budget import Budget
-from sdxl_worker.assets.cache import LOCKS, PARTIAL, make_folder
+from sdxl_worker.assets.folder import LOCKS, PARTIAL, make_folder
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,5 @@
 """Who wrote a temporary file, and whether that process is still alive."""
 
-import functools
 import os
 import re
 import socket
@@ -26,7 +25,6 @@ def is_left_over(path: Path, *, older_than_s: float) -> bool:
         return False
 
 
-@functools.cache
 def _host() -> str:
     return re.sub(r"[^A-Za-z0-9-]", "_", socket.gethostname())[:40] or "unknown"
 

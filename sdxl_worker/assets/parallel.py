@@ -1,6 +1,7 @@
-"""Several LoRA references at once: one request's, or those made ready before the first job."""
+"""Several references at once: one request's, or those made ready before the first job."""
 
-import logging
+from __future__ import annotations
+
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -8,10 +9,6 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 
 from sdxl_worker.assets.asset_file import AssetFile
 from sdxl_worker.assets.fetch import PROGRESS_INTERVAL_S, Progress
-from sdxl_worker.assets.store import resolve_lora
-from sdxl_worker.settings import Settings
-
-logger = logging.getLogger(__name__)
 
 MAX_PARALLEL = 4
 
@@ -43,34 +40,35 @@ class _Sum:
             self._on_progress(sum(part[0] for part in self._parts.values()), whole)
 
 
-def resolve_loras(
-    sources: Sequence[str],
-    settings: Settings,
+def get_all(
+    references: Sequence[str],
+    get: Callable[..., AssetFile],
     on_progress: Progress | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> list[AssetFile]:
-    """One AssetFile per source, in order, fetched at most MAX_PARALLEL at a time and equal references once.
+    """One AssetFile per reference, in order, got at most MAX_PARALLEL at a time and equal references once.
 
-    `on_progress` gets the sums over all downloads, from one thread at a time. The first error wins and stops the rest.
+    `get` takes a reference, `on_progress` and `should_stop`. `on_progress` gets the sums over all downloads, from one
+    thread at a time. The first error wins and stops the rest.
     """
-    unique = list(dict.fromkeys(sources))
+    unique = list(dict.fromkeys(references))
     failed = threading.Event()
     progress = _Sum(on_progress)
 
     def stopped() -> bool:
         return failed.is_set() or (should_stop is not None and should_stop())
 
-    def resolve(index: int) -> AssetFile:
-        return resolve_lora(unique[index], settings, progress.part(index), stopped)
+    def get_one(index: int) -> AssetFile:
+        return get(unique[index], on_progress=progress.part(index), should_stop=stopped)
 
     if len(unique) == 1:
-        resolved = {unique[0]: resolve(0)}
+        found = {unique[0]: get_one(0)}
     else:
-        with ThreadPoolExecutor(MAX_PARALLEL, thread_name_prefix="lora") as pool:
-            futures = [pool.submit(resolve, index) for index in range(len(unique))]
+        with ThreadPoolExecutor(MAX_PARALLEL, thread_name_prefix="asset") as pool:
+            futures = [pool.submit(get_one, index) for index in range(len(unique))]
             _raise_first(futures, failed)
-            resolved = dict(zip(unique, (future.result() for future in futures), strict=True))
-    return [resolved[source] for source in sources]
+            found = dict(zip(unique, (future.result() for future in futures), strict=True))
+    return [found[reference] for reference in references]
 
 
 def _raise_first(futures: list[Future[AssetFile]], failed: threading.Event) -> None:
@@ -80,14 +78,14 @@ def _raise_first(futures: list[Future[AssetFile]], failed: threading.Event) -> N
             raise error
 
 
-def preload(
-    references: Sequence[str], resolve: Callable[[str], AssetFile], on_failure: Callable[[Exception], None]
+def get_what_works(
+    references: Sequence[str], get: Callable[[str], AssetFile], on_failure: Callable[[Exception], None]
 ) -> list[AssetFile]:
-    """What `resolve` gives for each reference, at most MAX_PARALLEL at a time; one that fails is told and left out."""
+    """What `get` gives for each reference, at most MAX_PARALLEL at a time; one that fails is told and left out."""
 
-    def resolve_or_tell(reference: str) -> AssetFile | None:
+    def get_or_tell(reference: str) -> AssetFile | None:
         try:
-            return resolve(reference)
+            return get(reference)
         except Exception as error:
             on_failure(error)
         return None
@@ -95,4 +93,4 @@ def preload(
     if not references:
         return []
     with ThreadPoolExecutor(MAX_PARALLEL, thread_name_prefix="preload") as pool:
-        return [file for file in pool.map(resolve_or_tell, references) if file is not None]
+        return [file for file in pool.map(get_or_tell, references) if file is not None]

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from sdxl_worker.assets.asset_file import AssetFile
-from sdxl_worker.assets.cache import read_sidecar
 from sdxl_worker.assets.eviction import Listed
+from sdxl_worker.assets.sidecar import read_sidecar
 
 
 def write_json(value: object) -> None:

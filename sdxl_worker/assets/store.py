@@ -1,269 +1,57 @@
-"""LoRA reference -> checked local file: the cache first, then one download, published whole or not at all."""
+"""References to checked local files, for every kind of asset: one cache, one fetch, one table of sources."""
+
+from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
+from sdxl_worker.assets import other_names, parallel
 from sdxl_worker.assets.asset_file import AssetFile
 from sdxl_worker.assets.budget import Budget
-from sdxl_worker.assets.cache import (
-    Entry,
-    Sidecar,
-    in_use,
-    look_up,
-    prepare_folder,
-    publish,
-    quarantine,
-    read_sidecar,
-    temporary_file,
-    write_sidecar,
-)
-from sdxl_worker.assets.connect import Target
-from sdxl_worker.assets.eviction import evict, evict_down_to
+from sdxl_worker.assets.cache import Cache, Entry
+from sdxl_worker.assets.eviction import empty_quarantine, evict
 from sdxl_worker.assets.fetch import Progress, fetch_to
-from sdxl_worker.assets.inspection import (
-    add_metadata,
-    check_file,
-    file_sha256,
-    is_pickle,
-    max_lora_bytes,
-    pickle_to_safetensors,
-)
+from sdxl_worker.assets.folder import prepare_folder, quarantine
+from sdxl_worker.assets.inspection import file_sha256, max_download_bytes
 from sdxl_worker.assets.kind import Kind
-from sdxl_worker.assets.located import Located
-from sdxl_worker.assets.locks import turn_to_download
-from sdxl_worker.assets.references import (
-    CachedReference,
-    CivitaiReference,
-    HubReference,
-    Reference,
-    UrlReference,
-    parse_reference,
-    reference_key,
-)
-from sdxl_worker.assets.sources import civitai, hub
-from sdxl_worker.assets.sources.local import described, open_by_hand
-from sdxl_worker.assets.spare import spare_folder, spare_path
-from sdxl_worker.errors import (
-    AssetFileError,
-    CacheWriteError,
-    FetchFailed,
-    FetchIncomplete,
-    FetchTimeout,
-    WorkerError,
-)
+from sdxl_worker.assets.local_files import open_local_file
+from sdxl_worker.assets.order import Order
+from sdxl_worker.assets.references import Reference, RemoteReference
+from sdxl_worker.assets.remote_files import RemoteFiles
+from sdxl_worker.assets.sidecar import read_sidecar
+from sdxl_worker.assets.sources import parse_reference
+from sdxl_worker.assets.sources.local import CachedReference
+from sdxl_worker.errors import WorkerError
 from sdxl_worker.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-# A branch, a tag or "the newest version" is asked for again this many seconds after it was last looked up ...
-RECHECK_S = 600.0
-# ... and after this many when the host could not be reached.
-RETRY_UNREACHABLE_S = 60.0
-# How much temporary space LoRAs may take when the cache folder cannot be written and LORA_CACHE_MAX_GB says nothing.
-SPARE_MAX_GB = 8.0
-MAX_PEFT_CONFIG = 256 * 1024
-
-_UNREACHABLE = (FetchFailed, FetchTimeout, FetchIncomplete)
-_LOCATE: dict[type, Callable[[Any, Settings, Budget], Located]] = {
-    UrlReference: lambda reference, _settings, _budget: Located(Target(reference.url), suffix=_url_suffix(reference)),
-    HubReference: hub.locate,
-    CivitaiReference: civitai.locate,
-}
-_unreachable_since: dict[str, float] = {}
-
-
-@dataclass(frozen=True)
-class _Task:
-    """One reference on its way into the cache."""
-
-    reference: Reference
-    key: str
-    settings: Settings
-    budget: Budget
-    on_progress: Progress | None
-
-    def path_in(self, folder: Path) -> Path:
-        return folder / self.reference.file_name
-
-
-def resolve_lora(
-    text: str,
-    settings: Settings,
-    on_progress: Progress | None = None,
-    should_stop: Callable[[], bool] | None = None,
-) -> AssetFile:
-    """The checked local file for any reference form of DESIGN section 3, downloaded when the cache has none.
-
-    `on_progress(bytes_done, total or None)` is called at most a few times a second. Raises FetchError and
-    AssetFileError subclasses, and Cancelled once `should_stop()` is true.
-    """
-    reference = parse_reference(text, settings)
-    budget = Budget.start(settings.download_timeout, should_stop)
-    budget.check()
-    if isinstance(reference, CachedReference):
-        return _lora_file(open_by_hand(reference, settings), reference, cached=True)
-    task = _Task(reference, reference_key(reference), settings, budget, on_progress)
-    path = task.path_in(settings.lora_cache_dir)
-    entry = _fresh_entry(task, path)
-    if entry is not None:
-        return _lora_file(entry, reference, cached=True)
-    with turn_to_download(path, budget, lambda: _fresh_entry(task, path) is not None):
-        entry, cached = _settle(task, path)
-    if not cached:
-        evict(settings)
-    return _lora_file(entry, reference, cached=cached)
-
-
-def _lora_file(entry: Entry, reference: Reference, *, cached: bool) -> AssetFile:
-    sidecar = entry.sidecar
-    autov3 = str(sidecar.facts.get("autov3", ""))
-    return AssetFile(entry.path, entry.path.name, reference.shown, sidecar.sha256, sidecar.size, cached, autov3)
-
-
-def _fresh_entry(task: _Task, path: Path) -> Entry | None:
-    """What the cache answers by itself, without a lock and without the network."""
-    entry = look_up(path, task.key)
-    if entry is None or not getattr(task.reference, "is_moving", False):
-        return entry
-    checked_at = max(entry.sidecar.checked_at, _unreachable_since.get(task.key, 0.0) + RETRY_UNREACHABLE_S - RECHECK_S)
-    return entry if 0 <= time.time() - checked_at < RECHECK_S else None
-
-
-def _settle(task: _Task, path: Path) -> tuple[Entry, bool]:
-    """(entry, whether it was cached): look again now that it is our turn, then check for a newer one, then download."""
-    entry = _fresh_entry(task, path)
-    if entry is not None:
-        return entry, True
-    old = look_up(path, task.key) or _adopt(task, path) or look_up(task.path_in(spare_path()), task.key)
-    if old is not None and not getattr(task.reference, "is_moving", False):
-        return old, True
-    try:
-        located = _LOCATE[type(task.reference)](task.reference, task.settings, task.budget)
-        if old is not None and located.identity == old.sidecar.identity:
-            return write_sidecar(old.path, replace(old.sidecar, checked_at=time.time())), True
-        return _download(task, located), False
-    except _UNREACHABLE as error:
-        if old is None:
-            raise
-        logger.warning("%s; using the cached file", error)
-        _unreachable_since[task.key] = time.time()
-        return old, True
-
-
-def _adopt(task: _Task, path: Path) -> Entry | None:
-    """A file whose sidecar is missing or out of step: taken when its bytes are good, else put into quarantine.
-
-    That is how a worker leaves it that died between rename and sidecar, or a volume that was copied.
-    """
-    if not path.is_file() or path.is_symlink():
-        return None
-    read = read_sidecar(path)
-    known = read[0] if read is not None and read[0].key == task.key else None
-    if read is not None and known is None:
-        return None  # another reference with the same short hash: this one replaces it
-    found, sha256 = path.stat(), file_sha256(path)
-    if known is not None and known.sha256 == sha256:
-        return write_sidecar(path, replace(known, size=found.st_size, mtime_ns=found.st_mtime_ns))
-    try:
-        if known is not None:
-            raise FetchIncomplete(f"{path.name} is not what was downloaded")
-        facts = check_file(path)
-    except (AssetFileError, FetchIncomplete):
-        quarantine(path)
-        return None
-    sidecar = Sidecar(task.reference.shown, found.st_size, found.st_mtime_ns, sha256, task.key, **described(facts))
-    return write_sidecar(path, sidecar)
-
-
-def _download(task: _Task, located: Located) -> Entry:
-    """Into the cache folder, or into temporary space of this worker when the folder cannot take the file."""
-    try:
-        return _download_into(task.settings.lora_cache_dir, task, located)
-    except CacheWriteError as error:
-        logger.warning("%s; using local temporary space for %s", error, task.reference.shown)
-    folder = spare_folder()
-    evict_down_to(folder, (task.settings.lora_cache_max_gb or SPARE_MAX_GB) * 1e9)
-    try:
-        return _download_into(folder, task, located)
-    except CacheWriteError as error:
-        raise CacheWriteError("neither the LoRA cache nor local temporary space can take the file") from error
-
-
-def _download_into(folder: Path, task: _Task, located: Located) -> Entry:
-    path = task.path_in(folder)
-    with temporary_file(folder, path.name) as (temporary, handle):
-        max_bytes = max_lora_bytes(task.settings)
-        fetched = fetch_to(
-            handle, located.target, max_bytes=max_bytes, budget=task.budget, on_progress=task.on_progress
-        )
-        if located.sha256 and located.sha256 != fetched.sha256:
-            raise FetchFailed(f"{task.reference.shown} arrived damaged: its sha256 is not the announced one")
-        sidecar = Sidecar(
-            task.reference.shown,
-            fetched.size,
-            0,
-            fetched.sha256,
-            task.key,
-            identity=located.identity,
-            checked_at=time.time(),
-        )
-        if is_pickle(temporary) or located.peft_config:
-            return _publish_rewritten(temporary, path, sidecar, located, task.budget)
-        return publish(temporary, path, replace(sidecar, **described(check_file(temporary))))
-
-
-def _publish_rewritten(source: Path, path: Path, sidecar: Sidecar, located: Located, budget: Budget) -> Entry:
-    """A pickle as safetensors, a PEFT adapter with its settings: what is published then has a sha256 of its own."""
-    with temporary_file(path.parent, path.name) as (converted, _), temporary_file(path.parent, path.name) as (final, _):
-        was_pickle = is_pickle(source)
-        if was_pickle:
-            pickle_to_safetensors(source, converted, located.suffix)
-            source = converted
-        metadata = _peft_metadata(located.peft_config, budget) if located.peft_config else {}
-        add_metadata(source, final, metadata)
-        facts = check_file(final)
-        if was_pickle:
-            # Others know a pickle by the hash of the whole file.
-            facts["autov3"] = sidecar.sha256[:12]
-        return publish(final, path, replace(sidecar, sha256=file_sha256(final), **described(facts)))
-
-
-def _peft_metadata(target: Target, budget: Budget) -> dict[str, str]:
-    """adapter_config.json under the name that diffusers gives it in a file's metadata."""
-    config = io.BytesIO()
-    fetch_to(config, target, max_bytes=MAX_PEFT_CONFIG, budget=budget)
-    return {"lora_adapter_metadata": config.getvalue().decode("utf-8", "replace")}
-
-
-def _url_suffix(reference: UrlReference) -> str:
-    """The announced kind; "" for a download link without a file name."""
-    name = Path(reference.url.partition("?")[0]).name
-    return Path(name).suffix.lower()
+ShouldStop = Callable[[], bool]
 
 
 class AssetStore:
-    """References to checked local files, for every kind of asset: one cache, one fetch, one table of sources."""
+    """Gives local files for references; one per process, since it knows which files are in use."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self._cache = Cache()
+        self._remote_files = RemoteFiles()
 
     def path_of(self, reference: str, kind: Kind) -> Path:
         """Where the cache keeps the file of `reference`, there or not; no network. Raises BadReference."""
         with kind.own_codes():
-            return kind.folder(self.settings) / parse_reference(reference, self.settings).file_name
+            return kind.folder_in(self.settings) / parse_reference(reference, self.settings, kind).file_name
 
     def get(
         self,
         reference: str,
         kind: Kind,
         on_progress: Progress | None = None,
-        should_stop: Callable[[], bool] | None = None,
+        should_stop: ShouldStop | None = None,
     ) -> AssetFile:
         """The checked local file of `reference`, from the cache or downloaded into it.
 
@@ -271,44 +59,75 @@ class AssetStore:
         every chunk and every wait. Raises FetchError and AssetFileError with the kind's codes, and Cancelled.
         """
         with kind.own_codes():
-            return resolve_lora(reference, self.settings, on_progress, should_stop)
+            parsed = parse_reference(reference, self.settings, kind)
+            budget = Budget.start(kind.timeout_s(self.settings), should_stop)
+            budget.check()
+            order = Order(kind, self.settings, self._cache, budget, on_progress)
+            entry, cached = self._open(parsed, order)
+        return _asset_file(entry, parsed, cached=cached)
+
+    def _open(self, reference: Reference, order: Order) -> tuple[Entry, bool]:
+        if isinstance(reference, CachedReference):
+            return open_local_file(reference, order), True
+        assert isinstance(reference, RemoteReference)
+        return self._remote_files.open(reference, order)
 
     def get_all(
         self,
         references: Sequence[str],
         kind: Kind,
         on_progress: Progress | None = None,
-        should_stop: Callable[[], bool] | None = None,
+        should_stop: ShouldStop | None = None,
     ) -> list[AssetFile]:
         """`get` for several references at once, in order; `on_progress` gets the sums.
 
         The first error is raised and stops the other downloads.
         """
-        from sdxl_worker.assets.parallel import resolve_loras
+        return parallel.get_all(references, functools.partial(self.get, kind=kind), on_progress, should_stop)
 
+    def read(self, reference: str, kind: Kind, should_stop: ShouldStop | None = None) -> bytes:
+        """The bytes of `reference`, for a kind that is kept nowhere; raises FetchError with its codes, Cancelled."""
         with kind.own_codes():
-            return resolve_loras(references, self.settings, on_progress, should_stop)
+            parsed = parse_reference(reference, self.settings, kind)
+            assert isinstance(parsed, RemoteReference)
+            budget = Budget.start(kind.timeout_s(self.settings), should_stop)
+            target, sink = parsed.locate(self.settings, budget).target, io.BytesIO()
+            fetch_to(sink, target, max_bytes=max_download_bytes(kind, self.settings), budget=budget)
+        return sink.getvalue()
 
     def preload(self, references: Sequence[str], kind: Kind) -> list[AssetFile]:
-        """The files of `references`; one that fails is logged with its code and left out."""
-        from sdxl_worker.assets.parallel import preload
+        """The files of `references`; one that fails, for whatever reason, is logged with its code and left out."""
 
-        def tell(error: Exception) -> None:
+        def log(error: Exception) -> None:
             if isinstance(error, WorkerError):
                 logger.error("preload: %s: %s", error.code, error)
             else:
                 logger.error("preload: one %s failed", kind.name, exc_info=error)
 
-        return preload(references, lambda reference: self.get(reference, kind), tell)
+        return parallel.get_what_works(references, lambda reference: self.get(reference, kind), log)
 
-    def prepare(self) -> None:
-        """Create the cache folder and remove what dead workers left behind. Called when the worker starts."""
-        prepare_folder(self.settings.lora_cache_dir, download_timeout=self.settings.download_timeout)
+    def keep_as(self, file: AssetFile, name: str, kind: Kind) -> str:
+        """Give a fetched file another name inside its folder, by which a request may ask for it; gives that name.
+
+        A name that requests gave to another file before now leads to this one. Raises BadReference for a name that
+        cannot be a file's or belongs to a file of its own, CacheWriteError.
+        """
+        with kind.own_codes():
+            return other_names.add(file.path, name, kind.folder_in(self.settings), kind)
+
+    def prepare(self, kind: Kind) -> None:
+        """Create the kind's folder and remove what dead workers left behind. Called when the worker starts."""
+        prepare_folder(kind.folder_in(self.settings), download_timeout=kind.timeout_s(self.settings))
+
+    def prune(self, kind: Kind) -> list[Path]:
+        """Evict down to the kind's limit and empty the quarantine; gives what was removed."""
+        folder = kind.folder_in(self.settings)
+        return [*evict(folder, kind.cache_limit(self.settings), self._cache), *empty_quarantine(folder)]
 
     @contextlib.contextmanager
     def in_use(self, files: Sequence[AssetFile]) -> Iterator[None]:
         """Keep this worker from evicting `files` for as long as a job needs them."""
-        with in_use([file.path for file in files]):
+        with self._cache.in_use([file.path for file in files]):
             yield
 
     def set_aside_if_damaged(self, file: AssetFile) -> bool:
@@ -324,3 +143,17 @@ class AssetStore:
         if damaged:
             quarantine(file.path)
         return damaged
+
+
+def _asset_file(entry: Entry, reference: Reference, *, cached: bool) -> AssetFile:
+    known = entry.sidecar
+    return AssetFile(
+        entry.path,
+        entry.path.name,
+        reference.shown,
+        known.sha256,
+        known.size,
+        cached,
+        known.source_sha256 or known.sha256,
+        str(known.facts.get("autov3", "")),
+    )

@@ -6,11 +6,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
-from sdxl_worker.assets.references import CachedReference, HubReference, parse_reference
+from sdxl_worker.assets.references import Reference
+from sdxl_worker.assets.sources import parse_reference
+from sdxl_worker.assets.sources.hub import HubReference
+from sdxl_worker.assets.store import AssetStore
 from sdxl_worker.errors import FetchError, ModelUnavailable
 from sdxl_worker.generate.checkpoint import find_checkpoint
+from sdxl_worker.kinds import CHECKPOINT
 from sdxl_worker.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -72,7 +76,7 @@ def find_base_model(
     if isinstance(reference, HubReference) and not reference.path:
         path = _find_repo(reference, "model_index.json", settings, runpod_cache, "MODEL_ID")
         return BaseModel("folder", path, reference.shown, allow_vae_override=True)
-    path = find_checkpoint(reference, settings, on_progress)
+    path = find_checkpoint(model_id, AssetStore(settings), on_progress)
     return BaseModel("file", path, reference.shown, allow_vae_override=True)
 
 
@@ -87,7 +91,7 @@ def find_vae(settings: Settings, *, runpod_cache: Path = RUNPOD_CACHE) -> Path |
     if local.is_dir():
         return local
     try:
-        reference = parse_reference(settings.vae_id, settings)
+        reference = parse_reference(settings.vae_id, settings, CHECKPOINT)
     except FetchError:
         reference = None
     if not isinstance(reference, HubReference) or reference.path:
@@ -95,16 +99,13 @@ def find_vae(settings: Settings, *, runpod_cache: Path = RUNPOD_CACHE) -> Path |
     return _find_repo(reference, "config.json", settings, runpod_cache, "VAE_ID")
 
 
-def _parse(model_id: str, settings: Settings) -> Any:
+def _parse(model_id: str, settings: Settings) -> Reference:
     try:
-        reference = parse_reference(model_id, settings)
+        return parse_reference(model_id, settings, CHECKPOINT)
     except FetchError:
-        reference = None
-    if reference is None or isinstance(reference, CachedReference):
         raise ModelUnavailable(
             "MODEL_ID is neither a Hub repo id, an existing folder or .safetensors file, a URL nor tiny; set MODEL_ID"
-        )
-    return reference
+        ) from None
 
 
 def _find_repo(reference: HubReference, index: str, settings: Settings, runpod_cache: Path, variable: str) -> Path:

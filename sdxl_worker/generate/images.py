@@ -23,7 +23,6 @@ WEBP_METHOD = 2
 # One EXIF block of a JPEG holds 64 kB; a longer text is left out rather than cut.
 MAX_EXIF_BYTES = 65_000
 MAX_INPUT_PIXELS = 64 * 2**20
-MAX_INPUT_BYTES = 32 * 2**20
 _EXIF_IFD, _USER_COMMENT = 0x8769, 0x9286
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from sdxl_worker.assets.cache import temporary_file
+from sdxl_worker.assets.folder import temporary_file
 from sdxl_worker.errors import WorkerError
 from sdxl_worker.generate.infotext import model_name
 from sdxl_worker.generate.render import render

@@ -11,9 +11,13 @@ from pathlib import Path
 import pytest
 
 from sdxl_worker import errors
-from sdxl_worker.assets import cache, spare
-from sdxl_worker.assets.cache import Sidecar, look_up, prepare_folder, read_sidecar, temporary_file, write_sidecar
+from sdxl_worker.assets import folder as on_disk
+from sdxl_worker.assets.cache import Cache
+from sdxl_worker.assets.folder import prepare_folder, temporary_file
 from sdxl_worker.assets.owner import is_left_over, owner_tag
+from sdxl_worker.assets.sidecar import Sidecar, read_sidecar, sidecar_path
+from sdxl_worker.assets.temporary_space import temporary_space, temporary_space_path
+from sdxl_worker.kinds import LORA
 from tests.support.download_files import partials
 
 
@@ -21,12 +25,12 @@ def entry(folder: Path, name: str = "a.safetensors", content: bytes = b"x", key:
     path = folder / name
     path.write_bytes(content)
     stat = path.stat()
-    write_sidecar(path, Sidecar(name, stat.st_size, stat.st_mtime_ns, "", key))
+    Cache().write_sidecar(path, Sidecar(name, stat.st_size, stat.st_mtime_ns, "", key))
     return path
 
 
 def partial(folder: Path, owner: str, *, age_s: float = 0) -> Path:
-    path = folder / cache.PARTIAL / f"a.safetensors.{owner}~abcd.part"
+    path = folder / on_disk.PARTIAL / f"a.safetensors.{owner}~abcd.part"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"x")
     os.utime(path, (time.time() - age_s,) * 2)
@@ -67,8 +71,8 @@ def test_a_folder_that_cannot_be_made_is_only_logged(tmp_path: Path, caplog: pyt
 def test_sidecars_without_a_file_and_old_locks_are_cleaned(tmp_path: Path):
     kept, orphan = entry(tmp_path), entry(tmp_path, "b.safetensors")
     orphan.unlink()
-    os.utime(cache.sidecar_path(orphan), (1, 1))
-    lock = tmp_path / cache.LOCKS / "a.lock"
+    os.utime(sidecar_path(orphan), (1, 1))
+    lock = tmp_path / on_disk.LOCKS / "a.lock"
     lock.parent.mkdir()
     lock.touch()
     os.utime(lock, (1, 1))
@@ -83,6 +87,7 @@ def test_sidecars_without_a_file_and_old_locks_are_cleaned(tmp_path: Path):
 
 
 def test_look_up_wants_everything_to_agree(tmp_path: Path):
+    look_up = Cache().look_up
     path = entry(tmp_path)
     assert look_up(path, "k") is not None
     assert look_up(path, "other") is None
@@ -99,41 +104,44 @@ def test_look_up_wants_everything_to_agree(tmp_path: Path):
 @pytest.mark.parametrize("content", ["", "[]", "null", "{", '{"size": 1}', '{"unknown": 1}'])
 def test_a_broken_sidecar_is_none(tmp_path: Path, content: str):
     path = entry(tmp_path)
-    cache.sidecar_path(path).write_text(content)
+    sidecar_path(path).write_text(content)
     assert read_sidecar(path) is None
-    assert look_up(path, "k") is None
+    assert Cache().look_up(path, "k") is None
 
 
 def test_a_sidecar_that_cannot_be_written_is_remembered(tmp_path: Path):
     path = tmp_path / "a.safetensors"
     path.write_bytes(b"x")
-    (tmp_path / cache.PARTIAL).write_text("a file where the folder should be")  # root may write anywhere
+    (tmp_path / on_disk.PARTIAL).write_text("a file where the folder should be")  # root may write anywhere
     stat = path.stat()
-    written = write_sidecar(path, Sidecar("a", stat.st_size, stat.st_mtime_ns, "", "k"))
-    assert look_up(path, "k") == written
-    assert look_up(path, "other") is None
+    cache = Cache()
+    written = cache.write_sidecar(path, Sidecar("a", stat.st_size, stat.st_mtime_ns, "", "k"))
+    assert cache.look_up(path, "k") == written
+    assert cache.look_up(path, "other") is None
+    assert Cache().look_up(path, "k") is None
     path.write_bytes(b"changed")
-    assert look_up(path, "k") is None
+    assert cache.look_up(path, "k") is None
 
 
 def test_a_use_is_noted_but_not_every_time(tmp_path: Path):
     path = entry(tmp_path)
-    sidecar = cache.sidecar_path(path)
+    sidecar = sidecar_path(path)
     os.utime(sidecar, (1000, 1000))
-    look_up(path, "k")
+    Cache().look_up(path, "k")
     noted = sidecar.stat().st_mtime_ns
     assert noted > 1000e9
-    look_up(path, "k")
+    Cache().look_up(path, "k")
     assert sidecar.stat().st_mtime_ns == noted
 
 
 def test_files_in_use_are_held_and_count_as_used(tmp_path: Path):
     path = entry(tmp_path)
-    os.utime(cache.sidecar_path(path), (1000, 1000))
+    os.utime(sidecar_path(path), (1000, 1000))
+    cache = Cache()
     with cache.in_use([path, path, tmp_path / "absent"]), cache.in_use([path]):
         assert cache.is_held(path)
     assert not cache.is_held(path)
-    assert cache.sidecar_path(path).stat().st_mtime > 1000
+    assert sidecar_path(path).stat().st_mtime > 1000
 
 
 def test_a_temporary_file_goes_away_with_an_error(tmp_path: Path):
@@ -149,11 +157,11 @@ def test_a_temporary_file_goes_away_with_an_error(tmp_path: Path):
     assert partials(tmp_path) == []
 
 
-def test_spare_space_of_somebody_else_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_temporary_space_of_somebody_else_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert not spare.spare_path().exists()
-    assert spare.spare_folder().stat().st_mode & 0o777 == 0o700
-    spare.spare_folder().rmdir()
-    spare.spare_path().symlink_to(tmp_path)
+    assert not temporary_space_path(LORA).exists()
+    assert temporary_space(LORA).stat().st_mode & 0o777 == 0o700
+    temporary_space(LORA).rmdir()
+    temporary_space_path(LORA).symlink_to(tmp_path)
     with pytest.raises(errors.CacheWriteError):
-        spare.spare_folder()
+        temporary_space(LORA)

@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from sdxl_worker.assets import cache, eviction
-from sdxl_worker.assets.cache import Sidecar, sidecar_path, write_sidecar
-from sdxl_worker.assets.eviction import evict, list_cache, prune, verify
-from sdxl_worker.settings import Settings
+from sdxl_worker.assets import eviction
+from sdxl_worker.assets.cache import Cache
+from sdxl_worker.assets.eviction import list_cache, verify
+from sdxl_worker.assets.folder import QUARANTINE
+from sdxl_worker.assets.sidecar import Sidecar, sidecar_path
+from sdxl_worker.assets.store import AssetStore
+from sdxl_worker.kinds import LORA
 from tests.support.download_files import published, settings_for
 from tests.support.http_server import sha256
 
@@ -25,27 +28,28 @@ def put(folder: Path, name: str, used_s_ago: float, *, by_hand: bool = False) ->
     path.write_bytes(CONTENT)
     stat = path.stat()
     key = "" if by_hand else "key"
-    write_sidecar(path, Sidecar(name, stat.st_size, stat.st_mtime_ns, sha256(CONTENT), key, "LoRA", "SDXL"))
+    Cache().write_sidecar(path, Sidecar(name, stat.st_size, stat.st_mtime_ns, sha256(CONTENT), key, "LoRA", "SDXL"))
     used_at = time.time() - used_s_ago
     os.utime(sidecar_path(path), (used_at, used_at))
     return path
 
 
-def limited(folder: Path, files: float) -> Settings:
-    return settings_for(folder, lora_cache_max_gb=files * len(CONTENT) / 1e9)
+def evict(folder: Path, files: float, cache: Cache | None = None) -> list[Path]:
+    """Down to what so many files take."""
+    return eviction.evict(folder, files * len(CONTENT), cache or Cache())
 
 
 def test_least_recently_used_goes_first(tmp_path: Path):
     for index, age in enumerate((500, 900, 700, 300)):
         put(tmp_path, str(index), age)
-    evict(limited(tmp_path, 2))
+    evict(tmp_path, 2)
     assert published(tmp_path) == ["0.safetensors", "3.safetensors"]
     assert sorted(path.name for path in tmp_path.glob("*.json")) == ["0.safetensors.json", "3.safetensors.json"]
 
 
 def test_no_limit_removes_nothing(tmp_path: Path):
     put(tmp_path, "a", 1e6)
-    assert evict(limited(tmp_path, 0)) == []
+    assert evict(tmp_path, 0) == []
 
 
 def test_files_by_hand_are_neither_removed_nor_counted(tmp_path: Path):
@@ -53,9 +57,9 @@ def test_files_by_hand_are_neither_removed_nor_counted(tmp_path: Path):
     (tmp_path / "new.pt").write_bytes(CONTENT)
     (tmp_path / "unchecked.safetensors").write_bytes(CONTENT)
     put(tmp_path, "own", 1e5)
-    evict(limited(tmp_path, 1))
+    evict(tmp_path, 1)
     assert len(published(tmp_path)) == 4
-    evict(limited(tmp_path, 0.5))
+    evict(tmp_path, 0.5)
     assert published(tmp_path) == ["hand.safetensors", "new.pt", "unchecked.safetensors"]
 
 
@@ -63,11 +67,12 @@ def test_files_in_use_and_just_used_stay(tmp_path: Path):
     held = put(tmp_path, "held", 1e6)
     put(tmp_path, "old", 1e5)
     put(tmp_path, "recent", eviction.GRACE_S / 2)
+    cache = Cache()
     with cache.in_use([held]):
         os.utime(sidecar_path(held), (1, 1))
-        evict(limited(tmp_path, 0.5))
+        evict(tmp_path, 0.5, cache)
         assert published(tmp_path) == ["held.safetensors", "recent.safetensors"]
-    evict(limited(tmp_path, 0.5))
+    evict(tmp_path, 0.5)
     assert published(tmp_path) == ["recent.safetensors"]
 
 
@@ -76,7 +81,7 @@ def test_a_use_by_another_worker_during_the_eviction_counts(tmp_path: Path, monk
     listed = list_cache(tmp_path)
     monkeypatch.setattr(eviction, "list_cache", lambda _: listed)
     os.utime(sidecar_path(path))
-    assert evict(limited(tmp_path, 0.5)) == []
+    assert evict(tmp_path, 0.5) == []
 
 
 def test_many_workers_evict_at_once(tmp_path: Path):
@@ -86,7 +91,7 @@ def test_many_workers_evict_at_once(tmp_path: Path):
 
     def run() -> None:
         start.wait()
-        evict(limited(tmp_path, 10))
+        evict(tmp_path, 10)
 
     with ThreadPoolExecutor(8) as pool:
         for job in [pool.submit(run) for _ in range(8)]:
@@ -116,6 +121,6 @@ def test_verify_quarantines_silent_damage(tmp_path: Path):
         "new": "unchecked",
     }
     assert (good.exists(), bad.exists(), hand.exists()) == (True, False, True)
-    assert (tmp_path / cache.QUARANTINE / bad.name).exists()
-    prune(limited(tmp_path, 0))
-    assert list((tmp_path / cache.QUARANTINE).iterdir()) == []
+    assert (tmp_path / QUARANTINE / bad.name).exists()
+    AssetStore(settings_for(tmp_path)).prune(LORA)
+    assert list((tmp_path / QUARANTINE).iterdir()) == []

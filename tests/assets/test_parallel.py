@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from sdxl_worker.assets import parallel
-from sdxl_worker.assets.parallel import resolve_loras
 from sdxl_worker.assets.store import AssetStore
 from sdxl_worker.kinds import LORA
 from tests.support import http_server as on
@@ -62,7 +61,7 @@ def test_no_more_than_the_bound_at_once(server: FileServer, tmp_path: Path):
         server.add(f"/{index}.safetensors", on.held(lora_bytes(index), 100, release, threading.Event()))
         for index in range(parallel.MAX_PARALLEL + 2)
     ]
-    thread = threading.Thread(target=resolve_loras, args=(urls, settings_for(tmp_path)))
+    thread = threading.Thread(target=AssetStore(settings_for(tmp_path)).get_all, args=(urls, LORA))
     thread.start()
     wait_until(lambda: len(server.requests) == parallel.MAX_PARALLEL)
     started = len(server.requests)

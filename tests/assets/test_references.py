@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 
 from download_weights import get_lora_cache_path
-from sdxl_worker.assets.references import (
-    CachedReference,
-    CivitaiReference,
-    HubReference,
-    UrlReference,
-    parse_reference,
-)
+from sdxl_worker.assets.sources import parse_reference
+from sdxl_worker.assets.sources.civitai import CivitaiReference
+from sdxl_worker.assets.sources.hub import HubReference
+from sdxl_worker.assets.sources.local import CachedReference
+from sdxl_worker.assets.sources.url import UrlReference
 from sdxl_worker.errors import BadReference
+from sdxl_worker.kinds import LORA
 from sdxl_worker.settings import Settings
 
 CACHE = Path("/models/loras")
@@ -24,7 +23,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def parse(text: str):
-    return parse_reference(text, SETTINGS)
+    return parse_reference(text, SETTINGS, LORA)
 
 
 def name(text: str) -> str:
@@ -108,7 +107,7 @@ def test_an_absolute_path_through_the_volume_link_is_inside(tmp_path: Path):
     (tmp_path / "models").symlink_to(tmp_path / "volume")
     settings = Settings(lora_cache_dir=tmp_path / "models")
     for folder in ("models", "volume"):
-        assert parse_reference(f"{tmp_path}/{folder}/a.safetensors", settings) == CachedReference("a.safetensors")
+        assert parse_reference(f"{tmp_path}/{folder}/a.safetensors", settings, LORA) == CachedReference("a.safetensors")
 
 
 NO_NAME = ["", " ", ".", "..", "../x", "./x", "a\0b", "a\\b", "a\nb", "x" * 300, "\ud800", ".hidden", "a/"]
@@ -199,8 +198,8 @@ def test_forms_of_one_hub_file_are_one_file():
 def test_the_endpoint_of_the_operator_is_the_hub():
     settings = Settings(hf_endpoint="http://hub.internal:8080/mirror")
     url = "http://hub.internal:8080/mirror/user/repo/resolve/main/f.safetensors"
-    assert parse_reference(url, settings) == HubReference("user/repo", "main", "f.safetensors")
-    assert isinstance(parse_reference(url, Settings()), UrlReference)
+    assert parse_reference(url, settings, LORA) == HubReference("user/repo", "main", "f.safetensors")
+    assert isinstance(parse_reference(url, Settings(), LORA), UrlReference)
 
 
 def test_cache_path_is_pure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

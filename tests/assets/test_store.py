@@ -21,9 +21,9 @@ from safetensors.torch import load, save
 
 from download_weights import download_lora, download_loras
 from sdxl_worker import errors
-from sdxl_worker.assets import cache, fetch, locks
+from sdxl_worker.assets import fetch, folder, locks
 from sdxl_worker.assets.asset_file import AssetFile
-from sdxl_worker.assets.cache import read_sidecar, sidecar_path
+from sdxl_worker.assets.sidecar import read_sidecar, sidecar_path
 from sdxl_worker.settings import Settings
 from tests.support import http_server as on
 from tests.support.download_files import lora_bytes, partials, published, settings_for, wait_until
@@ -158,7 +158,7 @@ def test_a_damaged_file_is_quarantined_and_fetched_once(server: FileServer, sett
     os.utime(path, (1, 1))
     file = get(url, settings)
     assert (file.cached, file.path.read_bytes()) == (False, LORA)
-    assert (settings.lora_cache_dir / cache.QUARANTINE / path.name).read_bytes() == damage
+    assert (settings.lora_cache_dir / folder.QUARANTINE / path.name).read_bytes() == damage
     assert len(server.requests) == 2
 
 
@@ -264,7 +264,7 @@ def test_a_lock_that_a_dead_worker_left_is_waited_for_in_bounds(
     url = server.add("/a.safetensors", on.whole(LORA))
     name = get(url, settings).name
     (settings.lora_cache_dir / name).unlink()
-    with locks.FileLock(settings.lora_cache_dir / cache.LOCKS / f"{name}.lock"):
+    with locks.FileLock(settings.lora_cache_dir / folder.LOCKS / f"{name}.lock"):
         assert get(url, settings).path.read_bytes() == LORA
 
 
@@ -274,14 +274,14 @@ def test_a_disk_that_is_full_sends_the_file_to_temporary_space(
     cached = get(server.add("/cached.safetensors", on.whole(LORA)), settings)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     full = settings.lora_cache_dir
-    real = cache.temporary_file
+    real = folder.temporary_file
 
-    def out_of_space(folder: Path, name: str) -> Any:
-        if folder == full:
-            raise errors.CacheWriteError("the LoRA cache cannot be written (No space left on device)")
-        return real(folder, name)
+    def out_of_space(target: Path, name: str) -> Any:
+        if target == full:
+            raise errors.CacheWriteError("the cache folder cannot be written (No space left on device)")
+        return real(target, name)
 
-    monkeypatch.setattr("sdxl_worker.assets.store.temporary_file", out_of_space)
+    monkeypatch.setattr("sdxl_worker.assets.remote_files.temporary_file", out_of_space)
     url = server.add("/new.safetensors", on.whole(OTHER))
     file = get(url, settings)
     assert file.path.read_bytes() == OTHER

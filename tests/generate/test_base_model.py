@@ -176,7 +176,7 @@ def test_a_checkpoint_url_that_gives_something_else(stand_in: Hub, tmp_path: Pat
         url = stand_in.cdn.add("/model.safetensors", on.whole(content))
         with pytest.raises(ModelUnavailable, match="checkpoint"):
             find(url, stand_in)
-    assert not list((tmp_path / "checkpoints").rglob("*.safetensors*"))
+    assert not [*(tmp_path / "checkpoints").glob("*.safetensors*"), *(tmp_path / "checkpoints" / ".partial").iterdir()]
 
 
 def test_the_vae(stand_in: Hub, tmp_path: Path):

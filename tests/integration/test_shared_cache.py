@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from download_weights import download_lora
-from sdxl_worker.assets.cache import prepare_folder
+from sdxl_worker.assets.folder import prepare_folder
 from tests.support import http_server as on
 from tests.support.download_files import lora_bytes, partials, published, settings_for
 from tests.support.http_server import FileServer, sha256

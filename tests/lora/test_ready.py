@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from sdxl_worker.assets.cache import read_sidecar
+from sdxl_worker.assets.sidecar import read_sidecar
 from sdxl_worker.assets.store import AssetStore
 from sdxl_worker.errors import AssetFileError, BadReference, Cancelled, NotFound
 from sdxl_worker.job_run import JobRun

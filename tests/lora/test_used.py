@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sdxl_worker.assets.cache import sidecar_path
+from sdxl_worker.assets.sidecar import sidecar_path
 from sdxl_worker.assets.store import AssetStore
 from sdxl_worker.job_run import JobRun
 from sdxl_worker.lora.ready import make_ready

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import download_weights
-from sdxl_worker.assets.cache import sidecar_path
+from sdxl_worker.assets.sidecar import sidecar_path
 from sdxl_worker.lora import file as lora_file
 
 

@@ -1,28 +1,104 @@
-"""Find a LoRA on civitai.com: the download address of a version, or of a model's newest version."""
+"""Civitai: links, `civitai:ID@VERSION`, AIR urns; a version's download address, or that of a model's newest one."""
+
+from __future__ import annotations
 
 import io
 import json
-from urllib.parse import urlencode
+import re
+from dataclasses import dataclass
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from sdxl_worker.assets.budget import Budget
 from sdxl_worker.assets.connect import Target
 from sdxl_worker.assets.fetch import fetch_to
-from sdxl_worker.assets.located import Located
-from sdxl_worker.assets.references import CivitaiReference
-from sdxl_worker.errors import FetchFailed, NotFound
+from sdxl_worker.assets.kind import Kind
+from sdxl_worker.assets.location import Location
+from sdxl_worker.assets.references import RemoteReference, hashed_name
+from sdxl_worker.assets.urls import public_query, split_http_url
+from sdxl_worker.errors import BadReference, FetchFailed, NotFound
+from sdxl_worker.masking import mask
 from sdxl_worker.settings import Settings
 
 ORIGIN = "https://civitai.com"
 MAX_ANSWER = 8 << 20
 AUTH_HINT = "set CIVITAI_API_TOKEN to an API key from your Civitai account settings"
 
+_HOSTS = frozenset({"civitai.com", "www.civitai.com"})
+_ID = r"\d{1,15}"
+_FORM = re.compile(
+    rf"(?i)(?:civitai|urn:air:[\w.\-]+:[\w.\-]+:civitai):(?P<model>{_ID})(?:@(?P<version>{_ID}))?(?:\.\w+)?"
+)
 
-def locate(reference: CivitaiReference, settings: Settings, budget: Budget) -> Located:
-    """The version's download address, with the token for civitai.com only; raises FetchError subclasses."""
-    version = reference.version or _newest_version(reference, settings, budget)
-    query = f"?{urlencode(reference.options)}" if reference.options else ""
-    target = _target(f"{ORIGIN}/api/download/models/{version}{query}", reference, settings)
-    return Located(target, identity=f"version:{version}")
+
+@dataclass(frozen=True)
+class CivitaiReference(RemoteReference):
+    """A model version on civitai.com; `version` 0 = the newest of `model`. `options` choose among a version's files."""
+
+    version: int
+    model: int = 0
+    options: tuple[tuple[str, str], ...] = ()
+    token: str = ""
+
+    def __repr__(self) -> str:
+        return f"CivitaiReference({self.shown!r})"
+
+    @property
+    def is_moving(self) -> bool:
+        return self.version == 0
+
+    @property
+    def canonical(self) -> str:
+        what = f"version/{self.version}" if self.version else f"model/{self.model}"
+        return f"civitai:{what}?{urlencode(sorted(self.options))}".rstrip("?")
+
+    @property
+    def shown(self) -> str:
+        if self.version:
+            return f"https://civitai.com/api/download/models/{self.version}"
+        return f"https://civitai.com/models/{self.model}"
+
+    @property
+    def file_name(self) -> str:
+        return hashed_name(self.canonical, "")
+
+    def locate(self, settings: Settings, budget: Budget) -> Location:
+        """The version's download address, with the token for Civitai only; raises FetchError subclasses."""
+        version = self.version or _newest_version(self, settings, budget)
+        query = f"?{urlencode(self.options)}" if self.options else ""
+        target = _target(f"{ORIGIN}/api/download/models/{version}{query}", self, settings)
+        return Location(target, identity=f"version:{version}")
+
+
+def parse(text: str, settings: Settings, kind: Kind) -> CivitaiReference | None:
+    """A Civitai link, `civitai:ID@VERSION` or AIR urn; None for anything else. Raises BadReference."""
+    if re.match(r"(?i)https?:", text):
+        return _parse_url(text) if split_http_url(text)[1] in _HOSTS else None
+    if not re.match(r"(?i)(civitai|urn:air):", text):
+        return None
+    found = _FORM.fullmatch(text)
+    if found is None:
+        raise BadReference(
+            f"the {kind.name} reference {mask(text)} is not a civitai:ID@VERSION or an AIR urn of Civitai"
+        )
+    version = int(found["version"] or 0)
+    return CivitaiReference(version, 0 if version else int(found["model"]))
+
+
+def _parse_url(text: str) -> CivitaiReference:
+    parts = urlsplit(text)
+    query = dict(parse_qsl(parts.query))
+    download = re.fullmatch(rf"/api/download/models/({_ID})/?", parts.path)
+    if download:
+        return CivitaiReference(
+            int(download[1]), options=tuple(public_query(parts.query)), token=query.get("token", "")
+        )
+    page = re.match(rf"/models/({_ID})(?:/|$)", parts.path)
+    if page is None:
+        raise BadReference(f"the URL {mask(text)} is neither a model page nor a download link of Civitai")
+    version = query.get("modelVersionId", "0")
+    if not re.fullmatch(_ID, version):
+        raise BadReference(f"the URL {mask(text)} has a modelVersionId that is not a number")
+    return CivitaiReference(int(version), int(page[1]) if int(version) == 0 else 0)
 
 
 def _newest_version(reference: CivitaiReference, settings: Settings, budget: Budget) -> int:

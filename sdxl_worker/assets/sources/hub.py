@@ -4,18 +4,24 @@ hf_hub_download() can neither be stopped, nor bounded in size and time, nor kept
 metadata call (with HF_TOKEN, HF_ENDPOINT and the Hub's redirects) and our fetch can.
 """
 
+from __future__ import annotations
+
 import logging
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from sdxl_worker.assets.budget import Budget, run_within
 from sdxl_worker.assets.connect import Target
-from sdxl_worker.assets.located import Located
-from sdxl_worker.assets.references import WEIGHT_SUFFIXES, HubReference
-from sdxl_worker.errors import AccessDenied, Ambiguous, FetchError, FetchFailed, NotFound
+from sdxl_worker.assets.kind import Kind
+from sdxl_worker.assets.location import Location
+from sdxl_worker.assets.references import MAX_PART, WEIGHT_SUFFIXES, RemoteReference, hashed_name
+from sdxl_worker.assets.urls import split_http_url
+from sdxl_worker.errors import AccessDenied, Ambiguous, BadReference, FetchError, FetchFailed, NotFound
+from sdxl_worker.masking import mask
 from sdxl_worker.settings import Settings
 
 if TYPE_CHECKING:
@@ -31,8 +37,91 @@ RETRY_S = 0.5
 SHOWN_CANDIDATES = 10
 AUTH_HINT = "set HF_TOKEN to a token that may read it"
 
+_HOSTS = frozenset({"huggingface.co", "www.huggingface.co", "hf.co"})
+_REPO_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.\-]{0,94}[A-Za-z0-9_])?"
+_FORM = re.compile(
+    rf"(?P<repo>{_REPO_PART}/{_REPO_PART})(?:@(?P<revision>refs/(?:pr|convert)/[\w\-]+|[\w.\-]+))?(?:/(?P<path>.*))?"
+)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
-def locate(reference: HubReference, settings: Settings, budget: Budget) -> Located:
+
+@dataclass(frozen=True)
+class HubReference(RemoteReference):
+    """A file of a Hugging Face repo; `path` is a file, or a folder ("" = the repo's root) to choose the file from."""
+
+    repo: str
+    revision: str = "main"
+    path: str = ""
+
+    @property
+    def is_file(self) -> bool:
+        return self.path.lower().endswith(WEIGHT_SUFFIXES)
+
+    @property
+    def is_moving(self) -> bool:
+        """Only a full commit hash names the same bytes for ever; a branch or a tag may move."""
+        return _COMMIT.fullmatch(self.revision) is None
+
+    @property
+    def canonical(self) -> str:
+        return f"hf:{self.repo}@{self.revision}/{self.path}"
+
+    @property
+    def shown(self) -> str:
+        revision = "" if self.revision == "main" else f"@{self.revision}"
+        return f"{self.repo}{revision}/{self.path}".rstrip("/")
+
+    @property
+    def file_name(self) -> str:
+        readable = (
+            self.path if self.is_file else f"{self.repo}/{self.path}".strip("/").replace("/", "_") + ".safetensors"
+        )
+        return hashed_name(self.canonical, readable.rpartition("/")[2])
+
+    def locate(self, settings: Settings, budget: Budget) -> Location:
+        return _locate(self, settings, budget)
+
+
+def parse(text: str, settings: Settings, kind: Kind) -> HubReference | None:
+    """`user/repo[@revision][/path]`, or a URL of the Hub; None for anything else. Raises BadReference."""
+    if re.match(r"(?i)https?:", text):
+        return _parse_url(text, settings, kind)
+    return _parse_name(text, text, kind) if re.match(r"[^/:]+/", text) else None
+
+
+def _parse_url(text: str, settings: Settings, kind: Kind) -> HubReference | None:
+    _, host, _ = split_http_url(text)
+    endpoint, url = urlsplit(settings.hf_endpoint), urlsplit(text)
+    at_endpoint = url.netloc.lower() == endpoint.netloc.lower()
+    if host not in _HOSTS and not at_endpoint:
+        return None
+    prefix = "" if host in _HOSTS else endpoint.path.rstrip("/")
+    parts = [unquote(part) for part in url.path.removeprefix(prefix).strip("/").split("/")]
+    if parts[0] in ("datasets", "spaces", "api"):
+        return None
+    if len(parts) < 2:
+        raise BadReference(f"the URL {mask(text)} names no Hugging Face repo")
+    if len(parts) > 2 and parts[2] not in ("blob", "resolve", "tree", "raw"):
+        raise BadReference(f"the URL {mask(text)} is not a file, folder or repo of the Hugging Face Hub")
+    return _parse_name("/".join(parts), text, kind)
+
+
+def _parse_name(text: str, asked: str, kind: Kind) -> HubReference:
+    found = _FORM.fullmatch(text)
+    if found is None or len(text) > 512:
+        raise BadReference(f"the {kind.name} reference {mask(asked)} is not a user/repo of the Hugging Face Hub")
+    revision, path = found["revision"], (found["path"] or "").rstrip("/")
+    page = re.fullmatch(r"(?:blob|resolve|tree|raw)/(refs/(?:pr|convert)/[\w\-]+|[^/]+)(?:/(.*))?", path)
+    if page is not None and revision is None:
+        revision, path = page[1], page[2] or ""
+    revision = revision or "main"
+    parts = path.split("/") if path else []
+    if any(part in ("", ".", "..") or len(part) > MAX_PART for part in parts) or not revision.strip("."):
+        raise BadReference(f"the {kind.name} reference {mask(asked)} names no valid path inside the repo")
+    return HubReference(found["repo"], revision, path)
+
+
+def _locate(reference: HubReference, settings: Settings, budget: Budget) -> Location:
     """The file's address, commit-independent identity (its ETag) and sha256; raises FetchError subclasses."""
     from huggingface_hub import HfApi, get_hf_file_metadata, get_token, hf_hub_url
 
@@ -57,7 +146,7 @@ def locate(reference: HubReference, settings: Settings, budget: Budget) -> Locat
 
     found, target = look_up(path)
     etag = found.etag or ""
-    return Located(
+    return Location(
         target,
         identity=f"{path}:{etag or found.commit_hash}",
         sha256=etag if re.fullmatch(r"[0-9a-f]{64}", etag) else "",
@@ -103,7 +192,7 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:SHOWN_CANDIDATES]) + more
 
 
-def _list_files(api: "HfApi", reference: HubReference) -> list[str]:
+def _list_files(api: HfApi, reference: HubReference) -> list[str]:
     info = api.model_info(reference.repo, revision=reference.revision, timeout=METADATA_TIMEOUT_S)
     return [file.rfilename for file in info.siblings or []]
 

@@ -1,126 +1,128 @@
-"""Files that an operator put into the cache folder: checked, and pickles converted, when first asked for."""
+"""A file inside the cache folder, by its name: one that an operator put there, or that was fetched before."""
 
-import logging
+from __future__ import annotations
+
 import os
+import re
 import stat
-import threading
-from dataclasses import replace
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from sdxl_worker.assets.cache import (
-    Entry,
-    Sidecar,
-    look_up,
-    publish,
-    read_sidecar,
-    temporary_file,
-    write_sidecar,
-)
-from sdxl_worker.assets.inspection import check_file, check_size, file_sha256, is_pickle, pickle_to_safetensors
-from sdxl_worker.assets.references import WEIGHT_SUFFIXES, CachedReference, reference_key
-from sdxl_worker.assets.spare import spare_folder
-from sdxl_worker.errors import BadReference, CacheWriteError, NotFound
+from sdxl_worker.assets.kind import Kind
+from sdxl_worker.assets.references import MAX_PART, WEIGHT_SUFFIXES, Reference, hashed_name, safe_stem
+from sdxl_worker.errors import Ambiguous, BadReference, NotFound
+from sdxl_worker.masking import mask
 from sdxl_worker.settings import Settings
 
-logger = logging.getLogger(__name__)
+SHOWN_CANDIDATES = 10
+_FETCHED = re.compile(r"[0-9a-f]{12}_(?P<readable>.+)\.safetensors")
 
-_checking = threading.Lock()
+
+@dataclass(frozen=True)
+class CachedReference(Reference):
+    """A file already inside the cache folder, by its path relative to it; the suffix may be left out."""
+
+    name: str
+
+    @property
+    def canonical(self) -> str:
+        return f"cached:{self.name}"
+
+    @property
+    def shown(self) -> str:
+        return self.name
+
+    @property
+    def file_name(self) -> str:
+        """The checked file's name: the file itself, or for a pickle the name of its converted copy."""
+        if self.name.endswith(".safetensors"):
+            return self.name
+        if self.name.endswith(WEIGHT_SUFFIXES):
+            return hashed_name(self.canonical, Path(self.name).name)
+        return f"{self.name}.safetensors"
 
 
-def open_by_hand(reference: CachedReference, settings: Settings) -> Entry:
-    """The checked safetensors file for a name inside the cache folder, without any network call.
+def parse(text: str, settings: Settings, kind: Kind) -> CachedReference | None:
+    """A name without slashes, or an absolute path inside the cache folder; raises BadReference for another one."""
+    if not text.startswith("/"):
+        return None if re.search(r"[:/]", text) else _parse_relative(text, kind)
+    path = Path(text)
+    if ".." not in path.parts:
+        folder = kind.folder_in(settings)
+        for form in (folder.absolute(), folder.resolve()):
+            if path.is_relative_to(form) and path != form:
+                return _parse_relative(str(path.relative_to(form)), kind)
+    raise BadReference(f"an absolute path must lie inside the {kind.name} cache folder")
 
-    Raises BadReference for a link out of the folder, NotFound, TooLarge, WrongFile and BadFile.
+
+def _parse_relative(text: str, kind: Kind) -> CachedReference:
+    parts = text.split("/")
+    if len(text.encode()) > 1024 or any(
+        part.startswith(".") or not part or len(part.encode()) > MAX_PART for part in parts
+    ):
+        raise BadReference(f"the {kind.name} reference {mask(text)} is not a valid file name")
+    return CachedReference(text)
+
+
+def find(reference: CachedReference, folder: Path, kind: Kind) -> CachedReference:
+    """The file that is there, by its whole name inside `folder`; no network call.
+
+    The name may lack its suffix, or the hash in front of a fetched file's name as long as only one file has the rest.
+    Raises BadReference for a link out of the folder, NotFound, and Ambiguous with the candidates.
     """
-    folder = settings.lora_cache_dir
-    name = _existing_name(reference.name, folder)
+    stem, suffix = _split(reference.name)
+    names = [reference.name] if suffix else [stem + suffix for suffix in kind.suffixes]
+    for name in [*names, f"{safe_stem(stem)}.safetensors"]:
+        found = _real_name(name, folder, kind)
+        if found is not None:
+            return CachedReference(found)
+    fetched = _fetched_as(stem, folder)
+    if len(fetched) > 1:
+        listed = ", ".join(fetched[:SHOWN_CANDIDATES]) + (", ..." if len(fetched) > SHOWN_CANDIDATES else "")
+        raise Ambiguous(f"the {kind.name} cache holds {len(fetched)} files named {reference.name}; name one: {listed}")
+    if not fetched:
+        raise NotFound(f"the {kind.name} cache holds no file named {reference.name}")
+    return CachedReference(fetched[0])
+
+
+def _split(name: str) -> tuple[str, str]:
+    for suffix in WEIGHT_SUFFIXES:
+        if name.endswith(suffix):
+            return name.removesuffix(suffix), suffix
+    return name, ""
+
+
+def _real_name(name: str, folder: Path, kind: Kind) -> str | None:
+    """Where links inside `folder` lead; None when there is no such file."""
     path = folder / name
-    if Path(name).suffix == ".safetensors":
-        return _checked_entry(path, settings)
-    return _converted_entry(CachedReference(name), path, settings)
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        if not os.path.islink(path) or link_to_fetched(path) is not None:
+            return None
+        raise BadReference(f"{name} in the {kind.name} cache is a link to nowhere") from None
+    except OSError:
+        return None
+    real, real_folder = os.path.realpath(path), os.path.realpath(folder)
+    if not real.startswith(real_folder + os.sep) or not stat.S_ISREG(found.st_mode):
+        raise BadReference(f"{name} in the {kind.name} cache is not a file inside the cache folder")
+    return os.path.relpath(real, real_folder)
 
 
-def _existing_name(name: str, folder: Path) -> str:
-    names = [name] if name.endswith(WEIGHT_SUFFIXES) else [name + suffix for suffix in WEIGHT_SUFFIXES]
-    for candidate in names:
-        try:
-            found = os.stat(folder / candidate)
-        except FileNotFoundError:
-            if not os.path.islink(folder / candidate):
-                continue
-            raise BadReference(f"{candidate} in the LoRA cache is a link to nowhere") from None
-        except OSError:
-            continue
-        inside = os.path.realpath(folder / candidate).startswith(os.path.realpath(folder) + os.sep)
-        if not inside or not stat.S_ISREG(found.st_mode):
-            raise BadReference(f"{candidate} in the LoRA cache is no file inside the cache folder")
-        return candidate
-    raise NotFound(f"the LoRA cache holds no file named {name}")
+def link_to_fetched(path: Path) -> str | None:
+    """The fetched file beside it that `path` is another name of (see AssetStore.keep_as); None for anything else."""
+    try:
+        target = os.readlink(path)
+    except OSError:
+        return None
+    return target if re.fullmatch(r"(lora_[0-9a-f]{12}|[0-9a-f]{12}_[^/]+)\.safetensors", target) else None
 
 
-def _checked_entry(path: Path, settings: Settings) -> Entry:
-    """A .safetensors file as it lies there; a file that a worker fetched before is known already."""
-    entry = _known_entry(path)
-    if entry is not None:
-        return entry
-    with _checking:  # one at a time: the check takes as much memory as the file
-        entry = _known_entry(path)
-        if entry is not None:
-            return entry
-        check_size(path, settings)
-        if is_pickle(path):
-            pickle_to_safetensors(path, path, ".safetensors")  # refuses
-        found, facts = path.stat(), check_file(path)
-        sidecar = Sidecar(path.name, found.st_size, found.st_mtime_ns, file_sha256(path), **described(facts))
-        return write_sidecar(path, sidecar)
-
-
-def _known_entry(path: Path) -> Entry | None:
-    read = read_sidecar(path)
-    return look_up(path, read[0].key if read is not None else "")
-
-
-def _converted_entry(reference: CachedReference, source: Path, settings: Settings) -> Entry:
-    """The safetensors copy of a .pt or .bin, made anew when the source has changed."""
-    found, key = source.stat(), reference_key(reference)
-    for folder in (settings.lora_cache_dir, None):
-        path = (folder or spare_folder()) / reference.file_name
-        entry = look_up(path, key)
-        if entry is not None and _is_from(entry.sidecar, found):
-            return entry
-        check_size(source, settings)
-        try:
-            with temporary_file(path.parent, path.name) as (temporary, _handle):
-                was_pickle = is_pickle(source)
-                if was_pickle:
-                    pickle_to_safetensors(source, temporary, source.suffix)
-                else:
-                    # Somebody renamed a safetensors file; its content is what counts.
-                    temporary.write_bytes(source.read_bytes())
-                facts = check_file(temporary)
-                if was_pickle:
-                    facts["autov3"] = file_sha256(source)[:12]
-                sidecar = Sidecar(reference.name, 0, 0, file_sha256(temporary), key=key, **described(facts))
-                sidecar = replace(sidecar, source_size=found.st_size, source_mtime_ns=found.st_mtime_ns)
-                return publish(temporary, path, sidecar)
-        except CacheWriteError:
-            if folder is None:
-                raise
-            logger.warning("the LoRA cache cannot take the converted %s; using temporary space", reference.name)
-    raise AssertionError("unreachable")
-
-
-def _is_from(sidecar: Sidecar, source: os.stat_result) -> bool:
-    return (sidecar.source_size, sidecar.source_mtime_ns) == (source.st_size, source.st_mtime_ns)
-
-
-def described(facts: dict[str, Any]) -> dict[str, Any]:
-    """The sidecar fields that a file's facts fill."""
-    return {
-        "format": str(facts.get("format", "")),
-        "base_model": str(facts.get("base_model", "")),
-        "fetched_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "facts": facts,
-    }
+def _fetched_as(stem: str, folder: Path) -> list[str]:
+    """The fetched files whose name is `stem` but for hash and suffix."""
+    wanted = {stem, safe_stem(stem)}
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return []
+    return sorted(name for name in names if (found := _FETCHED.fullmatch(name)) and found["readable"] in wanted)

@@ -11,7 +11,7 @@ import pytest
 
 from download_weights import download_lora
 from sdxl_worker import errors
-from sdxl_worker.assets import fetch, store
+from sdxl_worker.assets import fetch, remote_files
 from sdxl_worker.assets.asset_file import AssetFile
 from sdxl_worker.assets.sources import civitai
 from tests.support import http_server as on
@@ -108,7 +108,7 @@ def test_a_model_page_follows_its_newest_version(site: FileServer, tmp_path: Pat
     site.add("/api/download/models/8", on.whole(newer))
     site.add("/api/v1/models/5", on.status(200, b'{"modelVersions": [{"id": 8}, {"id": 7}]}'))
     assert get("civitai:5", tmp_path).path.read_bytes() == LORA  # not looked up again yet
-    monkeypatch.setattr(store, "RECHECK_S", 0.0)
+    monkeypatch.setattr(remote_files, "RECHECK_S", 0.0)
     second = get("civitai:5", tmp_path)
     assert (second.path, second.path.read_bytes(), second.cached) == (first.path, newer, False)
 

@@ -15,12 +15,13 @@ import torch
 from safetensors.torch import save_file
 
 from download_weights import download_lora
-from sdxl_worker import errors
-from sdxl_worker.assets import fetch, store
+from sdxl_worker import errors, kinds
+from sdxl_worker.assets import fetch, remote_files
 from sdxl_worker.assets.asset_file import AssetFile
-from sdxl_worker.assets.cache import read_sidecar, sidecar_path
 from sdxl_worker.assets.safetensors_file import read_header
+from sdxl_worker.assets.sidecar import read_sidecar, sidecar_path
 from sdxl_worker.assets.sources import hub
+from sdxl_worker.assets.store import AssetStore
 from sdxl_worker.lora.metadata import peft_alphas
 from tests.support import http_server as on
 from tests.support.download_files import lora_bytes, published, settings_for
@@ -140,10 +141,10 @@ def test_a_branch_is_checked_again_after_the_interval_only(stand_in: Hub, tmp_pa
     stand_in.add("user/repo", repo)
     path = get("user/repo", stand_in, tmp_path).path
     asked = len(stand_in.server.requests)
-    age(path, store.RECHECK_S - 60)
+    age(path, remote_files.RECHECK_S - 60)
     assert get("user/repo", stand_in, tmp_path).cached
     assert len(stand_in.server.requests) == asked
-    age(path, store.RECHECK_S + 1)
+    age(path, remote_files.RECHECK_S + 1)
     assert get("user/repo", stand_in, tmp_path).cached
     assert len(stand_in.server.asked(f"/user/repo/resolve/main/{DEFAULT}")) == 1
     assert get("user/repo", stand_in, tmp_path).cached
@@ -152,7 +153,7 @@ def test_a_branch_is_checked_again_after_the_interval_only(stand_in: Hub, tmp_pa
     assert len(stand_in.server.requests) == asked
 
     repo.files[DEFAULT] = OTHER
-    age(path, store.RECHECK_S + 1)
+    age(path, remote_files.RECHECK_S + 1)
     moved = get("user/repo", stand_in, tmp_path)
     assert (moved.cached, moved.path, moved.path.read_bytes()) == (False, path, OTHER)
     assert len(published(tmp_path)) == 1
@@ -168,18 +169,18 @@ def test_a_commit_is_never_checked_again(stand_in: Hub, tmp_path: Path):
     assert len(stand_in.server.requests) == asked
 
 
-def test_a_hub_out_of_reach_is_served_from_the_cache(stand_in: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(store, "_unreachable_since", {})
+def test_a_hub_out_of_reach_is_served_from_the_cache(stand_in: Hub, tmp_path: Path):
     stand_in.add("user/repo", Repo({DEFAULT: LORA}))
-    path = get("user/repo", stand_in, tmp_path).path
-    age(path, store.RECHECK_S + 1)
+    store = AssetStore(settings_for(tmp_path, hf_endpoint=stand_in.endpoint))
+    path = store.get("user/repo", kinds.LORA).path
+    age(path, remote_files.RECHECK_S + 1)
     stand_in.down = True
-    assert get("user/repo", stand_in, tmp_path).path.read_bytes() == LORA
+    assert store.get("user/repo", kinds.LORA).path.read_bytes() == LORA
     asked = len(stand_in.server.requests)
-    assert get("user/repo", stand_in, tmp_path).cached  # and not asked again for a while
+    assert store.get("user/repo", kinds.LORA).cached  # and not asked again for a while
     assert len(stand_in.server.requests) == asked
     with pytest.raises(errors.FetchFailed, match="503"):
-        get("user/other", stand_in, tmp_path)
+        store.get("user/other", kinds.LORA)
 
 
 def test_offline_mode_is_said_at_once(stand_in: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

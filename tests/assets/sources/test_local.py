@@ -5,17 +5,20 @@ from __future__ import annotations
 import io
 import os
 import pickle
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load
 
 from download_weights import download_lora
-from sdxl_worker import errors
+from sdxl_worker import errors, kinds
 from sdxl_worker.assets.asset_file import AssetFile
-from sdxl_worker.assets.cache import read_sidecar
-from sdxl_worker.assets.sources import local
+from sdxl_worker.assets.sidecar import read_sidecar
+from sdxl_worker.assets.store import AssetStore
 from tests.support.download_files import lora_bytes, partials, settings_for
 from tests.support.http_server import sha256
 
@@ -48,32 +51,33 @@ def test_name_with_and_without_suffix_and_absolute_path(tmp_path: Path):
     assert (read[0].by_hand, read[0].base_model) == (True, "SDXL")
 
 
-def test_a_file_is_checked_once_and_again_when_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_file_is_checked_once_and_again_when_it_changes(tmp_path: Path):
     checked: list[Path] = []
-    real = local.check_file
 
-    def check(path: Path) -> dict:
+    def check(path: Path) -> Mapping[str, Any]:
         checked.append(path)
-        return real(path)
+        return kinds.LORA.check(path)
 
-    monkeypatch.setattr(local, "check_file", check)
+    kind = replace(kinds.LORA, check=check)
     path = tmp_path / "a.safetensors"
     path.write_bytes(LORA)
-    get("a", tmp_path)
-    get("a", tmp_path)
+    store = AssetStore(settings_for(tmp_path))
+    store.get("a", kind)
+    store.get("a", kind)
     assert len(checked) == 1
     path.write_bytes(OTHER)
     os.utime(path, (1, 1))
-    assert get("a", tmp_path).sha256 == sha256(OTHER)
+    assert store.get("a", kind).sha256 == sha256(OTHER)
     assert len(checked) == 2
 
 
-def test_a_folder_that_cannot_be_written_is_checked_once_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_folder_that_cannot_be_written_is_checked_once_all_the_same(tmp_path: Path):
     (tmp_path / "a.safetensors").write_bytes(LORA)
     (tmp_path / ".partial").write_text("a file where the folder should be")  # root may write anywhere
-    get("a", tmp_path)
-    monkeypatch.setattr(local, "check_file", lambda _: pytest.fail("checked twice"))
-    assert get("a", tmp_path).sha256 == sha256(LORA)
+    store = AssetStore(settings_for(tmp_path))
+    store.get("a", kinds.LORA)
+    twice = replace(kinds.LORA, check=lambda _: pytest.fail("checked twice"))
+    assert store.get("a", twice).sha256 == sha256(LORA)
 
 
 def test_a_pickle_is_converted_once_and_again_when_it_changes(tmp_path: Path):
