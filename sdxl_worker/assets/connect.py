@@ -31,11 +31,15 @@ MAX_REDIRECTS = 5
 CONNECT_TIMEOUT_S = 10.0
 READ_TIMEOUT_S = 30.0
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
-# Not caught by the SDK's check on Python 3.11: the protocol-assignments block (with Oracle Cloud's metadata address
-# 192.0.0.192), 6to4 relays, 6to4, NAT64 and site-local addresses, which all can lead to a private host.
+# Not caught by the SDK's check on Python 3.11: Azure's platform address, the protocol-assignments block (with Oracle
+# Cloud's metadata address 192.0.0.192), 6to4 relays, 6to4, NAT64 and site-local addresses and IPv6 addresses that hold
+# an IPv4 one, which all can lead to a private host.
 _NEVER_PUBLIC = tuple(
     ipaddress.ip_network(block)
-    for block in ("192.0.0.0/24", "192.88.99.0/24", "2002::/16", "fec0::/10", "64:ff9b::/96", "64:ff9b:1::/48")
+    for block in (
+        *("168.63.129.16/32", "192.0.0.0/24", "192.88.99.0/24"),
+        *("2002::/16", "fec0::/10", "64:ff9b::/96", "64:ff9b:1::/48", "::/96"),
+    )
 )
 
 
@@ -68,7 +72,7 @@ class SocketWatch:
         self._finished = threading.Event()
         self._thread = threading.Thread(target=self._run, name="socket-watch", daemon=True)
 
-    def adopt(self, connected: socket.socket) -> None:
+    def add(self, connected: socket.socket) -> None:
         self._sockets.append(connected)
 
     def _run(self) -> None:
@@ -142,7 +146,7 @@ def _addresses(url: str, target: Target, budget: Budget) -> list[str]:
         raise BlockedAddress(f"{mask(url)} does not lead to a public address") from None
     except (OSError, UnicodeError):
         raise FetchFailed(f"the host of {mask(url)} is not known") from None
-    if not trusted and any(_never_public(address) for address in found):
+    if not trusted and any(_is_never_public(address) for address in found):
         raise BlockedAddress(f"{mask(url)} does not lead to a public address")
     return found
 
@@ -151,7 +155,7 @@ def _resolve(host: str, port: int) -> list[str]:
     return list(dict.fromkeys(str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)))
 
 
-def _never_public(text: str) -> bool:
+def _is_never_public(text: str) -> bool:
     address = ipaddress.ip_address(text.partition("%")[0])
     mapped = getattr(address, "ipv4_mapped", None)
     return any((mapped or address) in block for block in _NEVER_PUBLIC)
@@ -161,7 +165,7 @@ def _get(
     url: str, headers: Mapping[str, str], addresses: list[str], budget: Budget, watch: SocketWatch
 ) -> requests.Response:
     """GET from the first address that accepts a connection, as any HTTP client does for a host with several."""
-    refused: Exception = FetchFailed(f"{mask(url)} has no address")
+    last_error: Exception = FetchFailed(f"{mask(url)} has no address")
     for address in addresses:
         budget.check()
         session = requests.Session()
@@ -170,20 +174,20 @@ def _get(
         adapter = _adapter(address, watch)
         session.mount("http://", adapter)
         session.mount("https://", adapter)
-        patience = max(0.1, budget.remaining)
-        timeouts = (min(CONNECT_TIMEOUT_S, patience), min(READ_TIMEOUT_S, patience))
+        remaining = max(0.1, budget.remaining)
+        timeouts = (min(CONNECT_TIMEOUT_S, remaining), min(READ_TIMEOUT_S, remaining))
         try:
             response = session.get(url, headers=dict(headers), allow_redirects=False, stream=True, timeout=timeouts)
         except requests.ConnectionError as error:
             session.close()
-            refused = error
+            last_error = error
             continue
         except requests.RequestException:
             session.close()
             raise
         _close_together(response, session)
         return response
-    raise refused
+    raise last_error
 
 
 def _close_together(response: requests.Response, session: requests.Session) -> None:
@@ -209,7 +213,7 @@ def _adapter(address: str, watch: SocketWatch) -> HTTPAdapter:
             class WatchedConnection(connection_class):  # type: ignore[misc, valid-type]
                 def connect(self) -> None:
                     super().connect()
-                    watch.adopt(self.sock)
+                    watch.add(self.sock)
 
             pool.ConnectionCls = WatchedConnection
             return pool

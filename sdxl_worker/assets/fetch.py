@@ -14,7 +14,7 @@ import urllib3
 from sdxl_worker.assets.budget import Budget
 from sdxl_worker.assets.connect import SocketWatch, Target, open_url
 from sdxl_worker.assets.hashing import BackgroundSha256
-from sdxl_worker.assets.http_headers import content_range, retry_after, validator
+from sdxl_worker.assets.http_headers import content_length, content_range, retry_after, validator
 from sdxl_worker.assets.urls import split_http_url
 from sdxl_worker.errors import (
     AccessDenied,
@@ -52,25 +52,25 @@ class _Transfer:
     done: int = 0
     total: int | None = None
     validator: str = ""
-    told_at: float = 0.0
+    reported_at: float = 0.0
 
     def restart(self) -> None:
         self.done, self.total, self.validator = 0, None, ""
         self.digest.restart()
-        _on_disk(lambda: (self.sink.seek(0), self.sink.truncate()))
+        _write_to_disk(lambda: (self.sink.seek(0), self.sink.truncate()))
 
-    def take(self, chunk: bytes) -> None:
+    def add(self, chunk: bytes) -> None:
         if self.done + len(chunk) > self.max_bytes:
             raise _too_large(self.max_bytes)
         self.digest.update(chunk)
-        _on_disk(lambda: _write_all(self.sink, chunk))
+        _write_to_disk(lambda: _write_all(self.sink, chunk))
         self.done += len(chunk)
-        self.tell()
+        self.report()
 
-    def tell(self, *, last: bool = False) -> None:
+    def report(self, *, last: bool = False) -> None:
         now = time.monotonic()
-        if self.on_progress is not None and (last or now - self.told_at >= PROGRESS_INTERVAL_S):
-            self.told_at = now
+        if self.on_progress is not None and (last or now - self.reported_at >= PROGRESS_INTERVAL_S):
+            self.reported_at = now
             self.on_progress(self.done, self.total)
 
 
@@ -82,7 +82,7 @@ class Fetched:
     sha256: str
 
 
-class _Again(Exception):
+class _Retry(Exception):
     """This attempt failed in a way that another may not; `error` is what to raise when none is left."""
 
     def __init__(self, error: FetchError, wait_s: float | None = None) -> None:
@@ -106,18 +106,18 @@ def fetch_to(
             before = transfer.done
             try:
                 _attempt(target, transfer, budget)
-            except _Again as again:
+            except _Retry as retry:
                 failures = 1 if transfer.done - before >= GOOD_PROGRESS else failures + 1
-                _prepare_retry(again, failures, target, budget)
+                _prepare_retry(retry, failures, target, budget)
             else:
-                transfer.tell(last=True)
+                transfer.report(last=True)
                 return Fetched(transfer.done, digest.hexdigest())
 
 
 def fetch_bytes(url: str, *, max_bytes: int, deadline_s: float, should_stop: Callable[[], bool] | None = None) -> bytes:
     """The body of a URL from a request, guarded, bounded in size and time.
 
-    Raises BadReference for what is no http(s) URL without credentials, else as `fetch_to` does.
+    Raises BadReference for what is not an http(s) URL without credentials, else as `fetch_to` does.
     """
     split_http_url(url)
     sink = io.BytesIO()
@@ -125,18 +125,18 @@ def fetch_bytes(url: str, *, max_bytes: int, deadline_s: float, should_stop: Cal
     return sink.getvalue()
 
 
-def _prepare_retry(again: _Again, failures: int, target: Target, budget: Budget) -> None:
-    wait_s = again.wait_s
+def _prepare_retry(retry: _Retry, failures: int, target: Target, budget: Budget) -> None:
+    wait_s = retry.wait_s
     if wait_s is None:
         wait_s = BACKOFF_S * 2 ** (failures - 1) * random.uniform(0.5, 1.0)
-    if failures >= ATTEMPTS or (again.wait_s is not None and wait_s >= budget.remaining):
-        raise again.error from again
-    logger.info("%s; trying again in %.1f s", again, wait_s)
+    if failures >= ATTEMPTS or (retry.wait_s is not None and wait_s >= budget.remaining):
+        raise retry.error from None
+    logger.info("%s; trying again in %.1f s", retry, wait_s)
     budget.wait(wait_s)
 
 
 def _attempt(target: Target, transfer: _Transfer, budget: Budget) -> None:
-    """One request: the body, or what is missing of it; raises _Again when it is worth another."""
+    """One request: the body, or what is missing of it; raises _Retry when it is worth another."""
     headers = dict(_HEADERS)
     if transfer.done and transfer.validator:
         headers |= {"Range": f"bytes={transfer.done}-", "If-Range": transfer.validator}
@@ -147,7 +147,7 @@ def _attempt(target: Target, transfer: _Transfer, budget: Budget) -> None:
             response = open_url(target, headers, budget, watch)
         except _BROKEN as error:
             # Not chained: the text of these exceptions holds the query string, and a logged traceback would show it.
-            raise budget.verdict() or _Again(_unreachable(target, error)) from None
+            raise budget.verdict() or _Retry(_connection_error(target, error)) from None
         try:
             _check_status(response, target, transfer)
             _begin_body(response, target, transfer)
@@ -156,13 +156,13 @@ def _attempt(target: Target, transfer: _Transfer, budget: Budget) -> None:
             response.close()
 
 
-def _unreachable(target: Target, error: Exception) -> FetchError:
+def _connection_error(target: Target, error: Exception) -> FetchError:
     if isinstance(error, requests.Timeout):
         return FetchTimeout(f"{target.shown} did not answer in time")
     return FetchFailed(f"{target.shown} could not be reached ({type(error).__name__})")
 
 
-def _cut_short(target: Target, transfer: _Transfer, error: Exception) -> FetchError:
+def _body_error(target: Target, transfer: _Transfer, error: Exception) -> FetchError:
     if isinstance(error, urllib3.exceptions.ReadTimeoutError):
         return FetchTimeout(f"{target.shown} stopped sending after {transfer.done} bytes")
     return FetchIncomplete(f"{target.shown} ended early, after {transfer.done} bytes")
@@ -174,9 +174,9 @@ def _check_status(response: requests.Response, target: Target, transfer: _Transf
         return
     if status == 416 and transfer.done:
         transfer.restart()
-        raise _Again(FetchFailed(f"{target.shown} does not resume"))
+        raise _Retry(FetchFailed(f"{target.shown} does not resume"))
     if status in _RETRIED:
-        raise _Again(FetchFailed(f"{target.shown} answers with status {status}"), retry_after(response.headers))
+        raise _Retry(FetchFailed(f"{target.shown} answers with status {status}"), retry_after(response.headers))
     if status in (401, 403):
         hint = target.auth_hint or "use a link that needs no login"
         raise AccessDenied(f"{target.shown} refuses access (status {status}); {hint}")
@@ -196,13 +196,12 @@ def _begin_body(response: requests.Response, target: Target, transfer: _Transfer
         if start == transfer.done and total == transfer.total and validator(headers) == transfer.validator:
             return
         transfer.restart()
-        raise _Again(FetchIncomplete(f"{target.shown} changed during the download"))
+        raise _Retry(FetchIncomplete(f"{target.shown} changed during the download"))
     if response.status_code == 206:
         raise FetchFailed(f"{target.shown} sends only a part of the file")
     if transfer.done:
         transfer.restart()
-    length = headers.get("Content-Length", "")
-    transfer.total = int(length) if length.isdecimal() else None
+    transfer.total = content_length(headers)
     transfer.validator = validator(headers)
     if transfer.total is not None and transfer.total > transfer.max_bytes:
         raise _too_large(transfer.max_bytes)
@@ -216,13 +215,13 @@ def _read_body(response: requests.Response, target: Target, transfer: _Transfer,
             # read1: whatever has arrived, so that progress and stopping do not wait for a whole chunk.
             chunk = raw.read1(CHUNK, decode_content=False)
         except _BROKEN as error:
-            raise budget.verdict() or _Again(_cut_short(target, transfer, error)) from None
+            raise budget.verdict() or _Retry(_body_error(target, transfer, error)) from None
         if not chunk:
             break
-        transfer.take(chunk)
+        transfer.add(chunk)
     budget.check()
     if transfer.total is not None and transfer.done != transfer.total:
-        raise _Again(FetchIncomplete(f"{target.shown} ended early, after {transfer.done} bytes"))
+        raise _Retry(FetchIncomplete(f"{target.shown} ended early, after {transfer.done} bytes"))
 
 
 def _write_all(sink: BinaryIO, chunk: bytes) -> None:
@@ -232,7 +231,7 @@ def _write_all(sink: BinaryIO, chunk: bytes) -> None:
         rest = rest[sink.write(rest) :]
 
 
-def _on_disk(write: Callable[[], object]) -> None:
+def _write_to_disk(write: Callable[[], object]) -> None:
     try:
         write()
     except OSError as error:

@@ -116,11 +116,12 @@ def test_the_next_address_is_tried_when_one_does_not_answer(server: FileServer, 
     known = socket.getaddrinfo
 
     def resolve(host: str, port: int, *arguments: Any, **options: Any) -> Any:
-        names = ("::1", "127.0.0.1") if host == "two.test" else (host,)  # nothing listens on ::1
+        names = ("127.0.0.2", "127.0.0.1") if host == "two.test" else (host,)
         return [entry for name in names for entry in known(name, port, *arguments, **options)]
 
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
-    with FileServer() as plain:
+    with FileServer() as plain, socket.socket() as deaf:
+        deaf.bind(("127.0.0.2", plain.server_port))  # nothing listens there, and nothing else can begin to
         plain.add("/a", on.whole(CONTENT))
         assert get(f"http://two.test:{plain.server_port}/a") == CONTENT
         assert plain.requests[0].headers["host"] == f"two.test:{plain.server_port}"

@@ -135,7 +135,7 @@ def status(code: int, body: bytes = b"", **headers: object) -> Reply:
     """An answer without a file."""
 
     def reply(handler: Handler) -> None:
-        handler.start(code, content_length=len(body), **headers)
+        handler.start(code, **{"content_length": len(body), **headers})
         if handler.command != "HEAD":
             handler.wfile.write(body)
 
