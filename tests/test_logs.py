@@ -1,10 +1,11 @@
 """No secret reaches a log line."""
 
+import json
 import logging
 
 import pytest
 
-from sdxl_worker.logs import RunPodHandler, current_job, masked, quiet_http_libraries
+from sdxl_worker.logs import PLAIN, RunPodHandler, current_job, masked, quiet_http_libraries
 
 
 @pytest.mark.parametrize(
@@ -59,3 +60,28 @@ def test_http_libraries_say_nothing_below_a_warning(monkeypatch: pytest.MonkeyPa
     for name in HTTP_LIBRARIES:
         assert not logging.getLogger(name).isEnabledFor(logging.INFO)
         assert logging.getLogger(name).isEnabledFor(logging.WARNING)
+
+
+@pytest.mark.parametrize("on_runpod", [False, True])
+def test_a_plain_message_is_a_line_of_its_own(capsys: pytest.CaptureFixture[str], monkeypatch, on_runpod):
+    monkeypatch.delenv("RUNPOD_ENDPOINT_ID", raising=False)
+    if on_runpod:
+        monkeypatch.setenv("RUNPOD_ENDPOINT_ID", "e")
+    handler = RunPodHandler(["s3cret"])
+    monkeypatch.setattr(handler._target, "level", "INFO")
+    logger = logging.Logger("part")
+    logger.addHandler(handler)
+    # Longer than the SDK's limit, at which it cuts a message in the middle.
+    facts = {"job": "job-1", "loras": [f"https://a.b/{number}?token=s3cret" for number in range(200)]}
+    token = current_job.set("job-1")
+    try:
+        logger.info("%s", json.dumps(facts), extra={PLAIN: True})
+        logger.debug("unseen", extra={PLAIN: True})
+    finally:
+        current_job.reset(token)
+    (line,) = capsys.readouterr().out.splitlines()
+    read = json.loads(line)
+    if on_runpod:
+        assert (read["requestId"], read["level"]) == ("job-1", "INFO")
+        read = json.loads(read["message"])
+    assert read == {"job": "job-1", "loras": [f"https://a.b/{number}?***" for number in range(200)]}

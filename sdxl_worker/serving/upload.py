@@ -81,7 +81,10 @@ def _sentence(error: Exception) -> str:
     response = getattr(error, "response", None)
     status = response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, dict) else None
     if status in (401, 403):
-        return "the bucket refused the upload: check BUCKET_ACCESS_KEY_ID, BUCKET_SECRET_ACCESS_KEY and their rights"
+        return (
+            "the bucket refused the upload: check BUCKET_ACCESS_KEY_ID, BUCKET_SECRET_ACCESS_KEY and their rights, and "
+            "that BUCKET_ENDPOINT_URL names the bucket"
+        )
     if status == 404:
         return (
             "the bucket does not exist: BUCKET_ENDPOINT_URL has to name it, as in "

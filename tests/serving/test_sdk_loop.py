@@ -1,14 +1,17 @@
 """The SDK's job loop leaves at once on SIGTERM, and loses neither a late job nor an answer."""
 
 import asyncio
+import functools
 import signal
 from typing import Any
 
 import pytest
+from runpod.http_client import AsyncClientSession
 from runpod.serverless.modules import rp_http
 from runpod.serverless.modules.rp_scale import JobScaler
 
 from sdxl_worker.serving.sdk_loop import leave_promptly, retry_dropped_connections, running_scaler
+from tests.integration.queue_server import QueueServer
 
 JOB = {"id": "late", "input": {}}
 
@@ -86,9 +89,21 @@ def test_the_running_loop_is_the_one_that_handles_sigterm(scaler):
         signal.signal(signal.SIGTERM, before)
 
 
-def test_dropped_connections_are_tried_again(monkeypatch):
+@pytest.mark.parametrize("fault", ["drop", 500])
+def test_an_answer_is_sent_three_times_before_it_is_lost(monkeypatch, fault):
     monkeypatch.setattr(rp_http, "FibonacciRetry", rp_http.FibonacciRetry)
     retry_dropped_connections()
-    options = rp_http.FibonacciRetry(attempts=3)
-    assert options.attempts == 3
-    assert any(issubclass(ConnectionResetError, kind) or kind is asyncio.TimeoutError for kind in options.exceptions)
+    # The same tries, without the seconds in between.
+    monkeypatch.setattr(rp_http, "FibonacciRetry", functools.partial(rp_http.FibonacciRetry, multiplier=0))
+    with QueueServer() as queue:
+        url = queue.environment("w")["RUNPOD_WEBHOOK_POST_OUTPUT"].replace("$RUNPOD_POD_ID", "w")
+        monkeypatch.setattr(rp_http, "JOB_DONE_URL", url)
+        queue.misbehave = lambda _kind, _job, count: fault if count <= 2 else None
+
+        async def send() -> None:
+            async with AsyncClientSession() as session:
+                await rp_http.send_result(session, {"output": {"seed": 1}}, JOB)
+
+        asyncio.run(send())
+        assert queue.calls["done", "late"] == 3
+        assert queue.of("done", "late")[0].body == {"output": {"seed": 1}}

@@ -1,17 +1,24 @@
-"""Pictures go to an S3 stand-in on loopback, through the SDK's helper and the real boto3."""
+"""Pictures go to a bucket through the SDK's helper and the real boto3: to a stand-in that fails when it is told to, and
+to a real S3 server."""
 
 from __future__ import annotations
 
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
+import boto3
 import pytest
+import requests
+from moto.server import ThreadedMotoServer
 
 from sdxl_worker.errors import Cancelled, UploadError
 from sdxl_worker.generate.images import EncodedImage
-from sdxl_worker.serving.upload import bucket_is_configured, upload
+from sdxl_worker.serving.fitness import UnhealthyWorker, check_bucket
+from sdxl_worker.serving.upload import bucket_is_configured, try_upload, upload
 from sdxl_worker.settings import Settings
 
 PICTURES = [EncodedImage(b"first", ".png", "image/png", 1), EncodedImage(b"second", ".jpeg", "image/jpeg", 2)]
@@ -47,13 +54,17 @@ class _Put(BaseHTTPRequestHandler):
         self.end_headers()
 
 
+KEYS = {"BUCKET_ACCESS_KEY_ID": "key-id", "BUCKET_SECRET_ACCESS_KEY": "s3cret"}
+HOST = "my-bucket.s3.eu-central-1.amazonaws.com"
+
+
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
     server = Bucket()
     threading.Thread(target=lambda: server.serve_forever(poll_interval=0.02), daemon=True).start()
     monkeypatch.setenv("BUCKET_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setenv("BUCKET_ACCESS_KEY_ID", "key-id")
-    monkeypatch.setenv("BUCKET_SECRET_ACCESS_KEY", "s3cret")
+    for name, value in KEYS.items():
+        monkeypatch.setenv(name, value)
     # The SDK's retries wait like this one.
     monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0.0)
     yield server
@@ -109,3 +120,82 @@ def test_a_stopped_job_uploads_nothing(bucket: Bucket):
     with pytest.raises(Cancelled):
         upload(PICTURES, "job-1", stop)
     assert not bucket.objects
+
+
+@pytest.fixture(scope="module")
+def moto() -> Iterator[ThreadedMotoServer]:
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    yield server
+    server.stop()
+
+
+class S3:
+    """A real S3 server, empty but for a bucket `my-bucket`."""
+
+    def __init__(self, server: ThreadedMotoServer, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.port = server.get_host_and_port()[1]
+        self._monkeypatch = monkeypatch
+        requests.post(f"http://127.0.0.1:{self.port}/moto-api/reset", timeout=60).raise_for_status()
+        names = {"aws_access_key_id": "a", "aws_secret_access_key": "b", "region_name": "us-east-1"}
+        self.client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{self.port}", **names)
+        self.client.create_bucket(Bucket="my-bucket")
+        for name, value in KEYS.items():
+            monkeypatch.setenv(name, value)
+
+    def settings(self, url: str) -> Settings:
+        """The operator's, with this BUCKET_ENDPOINT_URL; the SDK reads the environment."""
+        self._monkeypatch.setenv("BUCKET_ENDPOINT_URL", url)
+        return Settings(bucket_endpoint_url=url, bucket_access_key_id="key-id", bucket_secret_access_key="s3cret")
+
+    @property
+    def keys(self) -> list[str]:
+        """What my-bucket holds."""
+        return [entry["Key"] for entry in self.client.list_objects_v2(Bucket="my-bucket").get("Contents", [])]
+
+
+@pytest.fixture
+def s3(moto: ThreadedMotoServer, monkeypatch: pytest.MonkeyPatch) -> S3:
+    """The server under its own name, and under the one that Amazon would give to my-bucket."""
+    resolve = socket.getaddrinfo
+    here = {HOST: "127.0.0.1"}
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *rest, **more: resolve(here.get(host, host), *rest, **more))
+    return S3(moto, monkeypatch)
+
+
+@pytest.mark.parametrize("form", ["http://127.0.0.1:{port}/my-bucket", f"http://{HOST}:{{port}}"])
+def test_a_url_that_names_the_bucket(s3: S3, form):
+    settings = s3.settings(form.format(port=s3.port))
+    check_bucket(settings)
+    assert s3.keys == []
+    (url,) = upload(PICTURES[:1], "job-1")
+    (key,) = s3.keys
+    assert key.split("/")[1] == "job-1"
+    assert requests.get(url, timeout=60).content == b"first"
+
+
+def test_a_url_that_names_none_is_said_before_the_first_job(s3: S3):
+    settings = s3.settings(f"http://127.0.0.1:{s3.port}")
+    with pytest.raises(UnhealthyWorker, match=r"BUCKET_ENDPOINT_URL has to name it, as in https://BUCKET\.s3\.REGION"):
+        check_bucket(settings)
+    # What the SDK does without one: a bucket for the month. Where that exists, all is well.
+    s3.client.create_bucket(Bucket=time.strftime("%m-%y"))
+    check_bucket(settings)
+
+
+def test_a_url_that_is_none(s3: S3):
+    with pytest.raises(UnhealthyWorker, match="BUCKET_ENDPOINT_URL is not a URL"):
+        check_bucket(s3.settings("my-bucket"))
+
+
+def test_no_bucket_and_half_a_bucket():
+    check_bucket(Settings())
+    with pytest.raises(UnhealthyWorker, match="half configured"):
+        check_bucket(Settings(bucket_endpoint_url="https://x"))
+
+
+def test_keys_that_may_not_delete_do(bucket: Bucket, caplog):
+    try_upload()
+    (path,) = bucket.objects
+    assert "/health-check/" in path
+    assert "stays in the bucket" in caplog.text
