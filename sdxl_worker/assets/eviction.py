@@ -11,9 +11,9 @@ from pathlib import Path
 from sdxl_worker.assets.cache import Cache
 from sdxl_worker.assets.folder import QUARANTINE, quarantine
 from sdxl_worker.assets.inspection import file_sha256
+from sdxl_worker.assets.other_names import is_other_name
 from sdxl_worker.assets.references import WEIGHT_SUFFIXES
 from sdxl_worker.assets.sidecar import Sidecar, read_sidecar, sidecar_path
-from sdxl_worker.assets.sources.local import link_to_fetched
 
 logger = logging.getLogger(__name__)
 
@@ -37,10 +37,10 @@ class Listed:
 
 def list_cache(folder: Path) -> list[Listed]:
     """Every file in the cache, the most recently used first; one that vanishes meanwhile is left out, and so are the
-    other names that requests gave to fetched files."""
+    other names that requests gave them."""
     found = []
     for path in folder.glob("*"):
-        if path.suffix not in WEIGHT_SUFFIXES or link_to_fetched(path) is not None:
+        if path.suffix not in WEIGHT_SUFFIXES or is_other_name(path):
             continue
         with contextlib.suppress(OSError):
             stat = path.stat()

@@ -59,12 +59,7 @@ def hashed_name(canonical: str, readable: str) -> str:
     """`<12 hex>_<name>.safetensors`, or `lora_<12 hex>.safetensors` when `readable` is not a weight file's name."""
     digest = hashlib.sha256(canonical.encode()).hexdigest()[:12]
     stem, dot, suffix = readable.rpartition(".")
-    safe = safe_stem(stem)
+    safe = re.sub(r"[^A-Za-z0-9._\-]+", "_", stem).strip("._")[:80]  # for ever: files are found by it
     if not dot or f".{suffix.lower()}" not in WEIGHT_SUFFIXES or not safe:
         return f"lora_{digest}.safetensors"
     return f"{digest}_{safe}.safetensors"
-
-
-def safe_stem(text: str) -> str:
-    """`text` as a part of a file name: letters, digits, `.`, `_` and `-`, at most 80 of them; it may be empty."""
-    return re.sub(r"[^A-Za-z0-9._\-]+", "_", text).strip("._")[:80]

@@ -107,7 +107,7 @@ class AssetStore:
         return parallel.get_what_works(references, lambda reference: self.get(reference, kind), log)
 
     def keep_as(self, file: AssetFile, name: str, kind: Kind) -> str:
-        """Give a fetched file another name inside its folder, by which a request may ask for it; gives that name.
+        """Give a file another name inside its folder, by which a request may ask for it; gives that name.
 
         A name that requests gave to another file before now leads to this one. Raises BadReference for a name that
         cannot be a file's or belongs to a file of its own, CacheWriteError.
@@ -117,7 +117,9 @@ class AssetStore:
 
     def prepare(self, kind: Kind) -> None:
         """Create the kind's folder and remove what dead workers left behind. Called when the worker starts."""
-        prepare_folder(kind.folder_in(self.settings), download_timeout=kind.timeout_s(self.settings))
+        folder = kind.folder_in(self.settings)
+        prepare_folder(folder, download_timeout=kind.timeout_s(self.settings))
+        other_names.remove_dangling(folder)
 
     def prune(self, kind: Kind) -> list[Path]:
         """Evict down to the kind's limit and empty the quarantine; gives what was removed."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from sdxl_worker.assets.asset_file import AssetFile
 from sdxl_worker.assets.store import AssetStore
-from sdxl_worker.errors import AssetFileError, NotFound
+from sdxl_worker.errors import AssetFileError, FetchError, NotFound
 from sdxl_worker.job_run import JobRun
 from sdxl_worker.kinds import LORA
 from sdxl_worker.lora.engine import AppliedLora, LoraEngine, ParsedLora
@@ -23,6 +23,7 @@ class ReadyLora:
     spec: LoraSpec
     file: AssetFile
     parsed: ParsedLora
+    notes: tuple[str, ...] = ()
 
     @property
     def used(self) -> UsedLora:
@@ -46,7 +47,7 @@ class ReadyLora:
 
     def warnings(self, applied: AppliedLora) -> list[str]:
         """What to tell the caller about this entry."""
-        return [f"loras[{self.spec.index}]: {warning}" for warning in applied.warnings]
+        return [f"loras[{self.spec.index}]: {warning}" for warning in (*self.notes, *applied.warnings)]
 
 
 def make_ready(
@@ -69,7 +70,19 @@ def make_ready(
         files, parsed = _fetch_and_read(references, assets, engine(), run)
     run.facts["loras"] = [file.reference for file in files]
     run.facts["cache_hits"] = sum(file.cached for file in files)
-    return [ReadyLora(*ready) for ready in zip(wanted, files, parsed, strict=True)]
+    notes = [_keep_as(spec, file, assets) for spec, file in zip(wanted, files, strict=True)]
+    return [ReadyLora(*ready) for ready in zip(wanted, files, parsed, notes, strict=True)]
+
+
+def _keep_as(spec: LoraSpec, file: AssetFile, assets: AssetStore) -> tuple[str, ...]:
+    """Give the file the name that the request has for it; what to tell the caller when that cannot be."""
+    if spec.name in ("", spec.reference):
+        return ()
+    try:
+        assets.keep_as(file, spec.name, LORA)
+    except FetchError as error:
+        return (f"it is not kept under its name: {error}",)
+    return ()
 
 
 class _StaleCache(NotFound):

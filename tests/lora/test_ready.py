@@ -10,7 +10,7 @@ from sdxl_worker.assets.sidecar import read_sidecar
 from sdxl_worker.assets.store import AssetStore
 from sdxl_worker.errors import AssetFileError, BadReference, Cancelled, NotFound
 from sdxl_worker.job_run import JobRun
-from sdxl_worker.lora.engine import LoraEngine
+from sdxl_worker.lora.engine import AppliedLora, LoraEngine
 from sdxl_worker.lora.ready import make_ready
 from sdxl_worker.request import LoraScale, LoraSpec
 from sdxl_worker.serving.turns import Turns
@@ -113,6 +113,18 @@ def test_scale_0_has_only_to_be_a_reference(settings, run):
     assert make_ready([LoraSpec("nobody/asks", zero)], AssetStore(settings), lambda: pytest.fail("read"), run) == []
     with pytest.raises(BadReference):
         make_ready([LoraSpec("../x", zero)], AssetStore(settings), lambda: pytest.fail("read"), run)
+
+
+def test_a_name_is_kept_and_an_operators_file_keeps_its_own(settings, engine, run, server):
+    url = f"{server.origin}/a.safetensors"
+    (fetched,) = ready(settings, engine, run, LoraSpec(url, name="mine"))
+    (named,) = ready(settings, engine, run, LoraSpec("mine", name="mine"))
+    assert (named.file.path, named.notes) == (fetched.file.path, ())
+    (settings.lora_cache_dir / "theirs.safetensors").write_bytes(fetched.file.path.read_bytes())
+    (warned,) = ready(settings, engine, run, LoraSpec(url, index=3, name="theirs"))
+    (warning,) = warned.warnings(AppliedLora(1, ()))
+    assert warning.startswith("loras[3]: it is not kept under its name: ")
+    assert "theirs.safetensors" in warning
 
 
 def test_a_stopped_job_reads_nothing(settings, engine, run, server):

@@ -219,15 +219,18 @@ def _explain(error: Exception, reference: HubReference) -> tuple[FetchError, boo
     if isinstance(error, FetchError):
         return error, True
     if isinstance(error, errors.HFValidationError):
-        return NotFound(f"{reference.repo} is no valid repo name of the Hugging Face Hub"), True
+        return NotFound(f"{reference.repo} is not a valid repo name of the Hugging Face Hub"), True
+    if isinstance(error, errors.RepositoryNotFoundError) and not isinstance(error, errors.GatedRepoError):
+        # Without a token the Hub answers 401 for a repo that does not exist and for a private one alike.
+        hint = f", or is private: check its name, or {AUTH_HINT}" if status == 401 else ""
+        return NotFound(f"{name} does not exist on the Hugging Face Hub{hint}"), True
     if isinstance(error, errors.GatedRepoError) or status in (401, 403):
-        # The Hub answers 401 for a repo that does not exist, too, when no token is sent.
-        return AccessDenied(f"{name} does not exist, or is private or gated: {AUTH_HINT}"), True
+        return AccessDenied(f"the Hugging Face Hub refuses access to {name}: {AUTH_HINT}"), True
     if isinstance(error, errors.RevisionNotFoundError):
         return NotFound(f"{reference.repo} has no revision {reference.revision}"), True
     if isinstance(error, errors.EntryNotFoundError):
         return NotFound(f"{reference.repo} has no file {reference.path} at {reference.revision}"), True
-    if isinstance(error, errors.RepositoryNotFoundError) or status in (404, 410):
+    if status in (404, 410):
         return NotFound(f"{name} does not exist on the Hugging Face Hub"), True
     if status is not None and status < 500 and status not in (408, 429):
         return FetchFailed(f"the Hugging Face Hub answers with status {status} for {name}"), True

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdxl_worker.assets.kind import Kind
-from sdxl_worker.assets.references import MAX_PART, WEIGHT_SUFFIXES, Reference, hashed_name, safe_stem
+from sdxl_worker.assets.other_names import is_other_name
+from sdxl_worker.assets.references import MAX_PART, WEIGHT_SUFFIXES, Reference, hashed_name
 from sdxl_worker.errors import Ambiguous, BadReference, NotFound
 from sdxl_worker.masking import mask
 from sdxl_worker.settings import Settings
+from sdxl_worker.text import safe_name
 
 SHOWN_CANDIDATES = 10
 _FETCHED = re.compile(r"[0-9a-f]{12}_(?P<readable>.+)\.safetensors")
@@ -72,7 +74,7 @@ def find(reference: CachedReference, folder: Path, kind: Kind) -> CachedReferenc
     """
     stem, suffix = _split(reference.name)
     names = [reference.name] if suffix else [stem + suffix for suffix in kind.suffixes]
-    for name in [*names, f"{safe_stem(stem)}.safetensors"]:
+    for name in [*names, f"{safe_name(stem)}.safetensors"]:
         found = _real_name(name, folder, kind)
         if found is not None:
             return CachedReference(found)
@@ -98,7 +100,7 @@ def _real_name(name: str, folder: Path, kind: Kind) -> str | None:
     try:
         found = os.stat(path)
     except FileNotFoundError:
-        if not os.path.islink(path) or link_to_fetched(path) is not None:
+        if not os.path.islink(path) or is_other_name(path):
             return None
         raise BadReference(f"{name} in the {kind.name} cache is a link to nowhere") from None
     except OSError:
@@ -109,18 +111,9 @@ def _real_name(name: str, folder: Path, kind: Kind) -> str | None:
     return os.path.relpath(real, real_folder)
 
 
-def link_to_fetched(path: Path) -> str | None:
-    """The fetched file beside it that `path` is another name of (see AssetStore.keep_as); None for anything else."""
-    try:
-        target = os.readlink(path)
-    except OSError:
-        return None
-    return target if re.fullmatch(r"(lora_[0-9a-f]{12}|[0-9a-f]{12}_[^/]+)\.safetensors", target) else None
-
-
 def _fetched_as(stem: str, folder: Path) -> list[str]:
     """The fetched files whose name is `stem` but for hash and suffix."""
-    wanted = {stem, safe_stem(stem)}
+    wanted = {stem, safe_name(stem)}
     try:
         names = os.listdir(folder)
     except OSError:

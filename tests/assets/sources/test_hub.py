@@ -99,14 +99,29 @@ def test_the_token_goes_to_the_hub_and_not_to_its_cdn(
         assert secret not in all_logs.text + written
 
 
+# What the Hub says of a token that it does not know.
+BAD_TOKEN = "Invalid credentials in Authorization header"
+
+
 def test_gated_private_and_missing(stand_in: Hub, tmp_path: Path):
+    routes = stand_in.server.replies
     stand_in.add("user/gated", Repo({DEFAULT: LORA}, gated=True))
     stand_in.add("user/repo", Repo({DEFAULT: LORA}))
-    for reference in ("user/gated", "user/gated/" + DEFAULT, "user/absent"):
+    for reference in ("user/gated", "user/gated/" + DEFAULT):
         stand_in.server.requests.clear()
         with pytest.raises(errors.AccessDenied, match="HF_TOKEN"):
             get(reference, stand_in, tmp_path)
         assert len(stand_in.server.requests) == 1
+    for reference in ("user/absent", "user/absent/" + DEFAULT):  # the Hub answers 401, as for a private one
+        stand_in.server.requests.clear()
+        with pytest.raises(errors.NotFound, match=r"does not exist.* or is private.*HF_TOKEN") as caught:
+            get(reference, stand_in, tmp_path)
+        assert caught.value.code == "LORA_NOT_FOUND"
+        assert len(stand_in.server.requests) == 1
+    stand_in.server.replies = {"/api/models/user/repo/revision/main": [on.status(401, x_error_message=BAD_TOKEN)]}
+    with pytest.raises(errors.AccessDenied, match="HF_TOKEN"):
+        get("user/repo", stand_in, tmp_path / "other", hf_token="expired")
+    stand_in.server.replies = routes
     for reference in ("user/absent", "user/repo@v9", "user/repo/absent.safetensors", "user/repo@v9/" + DEFAULT):
         stand_in.server.requests.clear()
         with pytest.raises(errors.NotFound):
