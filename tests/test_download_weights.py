@@ -42,7 +42,7 @@ def test_a_lora_is_fetched_and_described(server: FileServer, tmp_path: Path, cap
     assert code == 0
     for text in (url, "SDXL", sha256(LORA), str(tmp_path)):
         assert text in out
-    code, out, err = run(capsys, "--lora", url, "--json", "--inspect")
+    code, out, err = run(capsys, "--lora", f"{url}?token=hunter2", "--json", "--inspect")
     facts = json.loads(out)
     assert (facts["cached"], facts["base_model"], facts["facts"]["modules"]) == (True, "SDXL", 2)
     assert "hunter2" not in out + err

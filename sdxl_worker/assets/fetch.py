@@ -15,7 +15,6 @@ from sdxl_worker.assets.budget import Budget
 from sdxl_worker.assets.connect import SocketWatch, Target, open_url
 from sdxl_worker.assets.hashing import BackgroundSha256
 from sdxl_worker.assets.http_headers import content_length, content_range, retry_after, validator
-from sdxl_worker.assets.urls import split_http_url
 from sdxl_worker.errors import (
     AccessDenied,
     CacheWriteError,
@@ -114,14 +113,10 @@ def fetch_to(
                 return Fetched(transfer.done, digest.hexdigest())
 
 
-def fetch_bytes(url: str, *, max_bytes: int, deadline_s: float, should_stop: Callable[[], bool] | None = None) -> bytes:
-    """The body of a URL from a request, guarded, bounded in size and time.
-
-    Raises BadReference for what is not an http(s) URL without credentials, else as `fetch_to` does.
-    """
-    split_http_url(url)
+def fetch_bytes(target: Target, *, max_bytes: int, budget: Budget) -> bytes:
+    """The whole body of `target`; raises as `fetch_to` does."""
     sink = io.BytesIO()
-    fetch_to(sink, Target(url), max_bytes=max_bytes, budget=Budget.start(deadline_s, should_stop))
+    fetch_to(sink, target, max_bytes=max_bytes, budget=budget)
     return sink.getvalue()
 
 

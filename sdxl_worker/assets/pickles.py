@@ -25,7 +25,7 @@ _EXIT_NOT_TENSORS = 3
 _ROOT = Path(__file__).resolve().parents[2]
 
 
-def convert_pickle(source: Path, target: Path, budget: Budget | None = None) -> None:
+def convert_pickle(source: Path, target: Path, budget: Budget) -> None:
     """Write the tensors of the pickle `source` to the safetensors file `target`, which is absent after a failure.
 
     Takes plain state dicts and one level of nesting (`{"state_dict": {...}}`). Raises BadFile when the file holds
@@ -38,7 +38,7 @@ def convert_pickle(source: Path, target: Path, budget: Budget | None = None) -> 
     status = None
     with subprocess.Popen(command, cwd=_ROOT, stdin=nothing, stdout=nothing, stderr=nothing) as process:
         try:
-            status = _exit_status(process, budget or Budget.start(SECONDS))
+            status = _exit_status(process, budget)
         finally:
             if status != 0:
                 process.kill()

@@ -24,7 +24,7 @@ class Reference(abc.ABC):
     @property
     @abc.abstractmethod
     def canonical(self) -> str:
-        """The same text for every way to name the same file, without tokens and signatures."""
+        """The same text for every way to name the same file; for hashing only, since it may hold a token."""
 
     @property
     @abc.abstractmethod

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import time
 from dataclasses import replace
@@ -11,7 +10,7 @@ from pathlib import Path
 from sdxl_worker.assets.cache import Entry
 from sdxl_worker.assets.connect import Target
 from sdxl_worker.assets.eviction import evict
-from sdxl_worker.assets.fetch import fetch_to
+from sdxl_worker.assets.fetch import fetch_bytes, fetch_to
 from sdxl_worker.assets.folder import quarantine, temporary_file
 from sdxl_worker.assets.inspection import (
     add_metadata,
@@ -188,6 +187,5 @@ def _publish_rewritten(source: Path, path: Path, sidecar: Sidecar, location: Loc
 
 def _peft_metadata(target: Target, order: Order) -> dict[str, str]:
     """adapter_config.json under the name that diffusers gives it in a file's metadata."""
-    config = io.BytesIO()
-    fetch_to(config, target, max_bytes=MAX_PEFT_CONFIG, budget=order.budget)
-    return {"lora_adapter_metadata": config.getvalue().decode("utf-8", "replace")}
+    config = fetch_bytes(target, max_bytes=MAX_PEFT_CONFIG, budget=order.budget)
+    return {"lora_adapter_metadata": config.decode("utf-8", "replace")}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import io
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from sdxl_worker.assets.asset_file import AssetFile
 from sdxl_worker.assets.budget import Budget
 from sdxl_worker.assets.cache import Cache, Entry
 from sdxl_worker.assets.eviction import empty_quarantine, evict
-from sdxl_worker.assets.fetch import Progress, fetch_to
+from sdxl_worker.assets.fetch import Progress, fetch_bytes
 from sdxl_worker.assets.folder import prepare_folder, quarantine
 from sdxl_worker.assets.inspection import file_sha256, max_download_bytes
 from sdxl_worker.assets.kind import Kind
@@ -91,9 +90,8 @@ class AssetStore:
             parsed = parse_reference(reference, self.settings, kind)
             assert isinstance(parsed, RemoteReference)
             budget = Budget.start(kind.timeout_s(self.settings), should_stop)
-            target, sink = parsed.locate(self.settings, budget).target, io.BytesIO()
-            fetch_to(sink, target, max_bytes=max_download_bytes(kind, self.settings), budget=budget)
-        return sink.getvalue()
+            target = parsed.locate(self.settings, budget).target
+            return fetch_bytes(target, max_bytes=max_download_bytes(kind, self.settings), budget=budget)
 
     def preload(self, references: Sequence[str], kind: Kind) -> list[AssetFile]:
         """The files of `references`; one that fails, for whatever reason, is logged with its code and left out."""

@@ -1,28 +1,32 @@
-"""Reading URLs from a request: what is refused, what is shown, and what tells two files apart."""
+"""Reading URLs from a request: what is refused, and what tells two files apart."""
 
 import re
-from collections.abc import Callable
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from collections.abc import Callable, Iterable
+from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit
 
 from sdxl_worker.errors import BadReference
 from sdxl_worker.masking import mask
 
-# Query parameters that say who asks, not what is asked for; Azure's short names count only beside its `sig`.
-_SECRET_PARAMETER = re.compile(
-    r"(?i)(x-amz-.*|x-goog-.*|(access|auth|api|id|session)?[-_]?token|auth|authorization|api[-_]?key|apikey|secret"
-    r"|password|passwd|pwd|sig|signature|expires|expiry|policy|key-pair-id|awsaccesskeyid|googleaccessid|hmac|jwt)"
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+MAX_HOST = 253  # RFC 1035
+
+_AWS = r"x-amz-[a-z\d\-]+|awsaccesskeyid|signature|expires"
+_GOOGLE = r"x-goog-[a-z\d\-]+|googleaccessid"
+_AZURE = r"s[vretpskir]|sig|spr|sip|srt|sdd|sk(oid|tid|t|e|s|v)"
+_CLOUDFRONT = r"policy|key-pair-id"
+# Hosts whose documentation says which query parameters sign a request, whatever file it is for. At any other host
+# every parameter may choose the file: a token in one place is a file's name in another.
+_SIGNATURES = tuple(
+    (re.compile(hosts), re.compile(rf"(?i){parameters}"))
+    for hosts, parameters in (
+        (r"(^|\.)s3([.\-][a-z\d.\-]*)?\.amazonaws\.com(\.cn)?$", _AWS),
+        (r"\.r2\.cloudflarestorage\.com$", _AWS),
+        (r"(^|\.)storage\.googleapis\.com$", f"{_AWS}|{_GOOGLE}"),
+        (r"\.blob\.core\.windows\.net$", _AZURE),
+        (r"(^|\.)(huggingface\.co|hf\.co)$", f"{_AWS}|{_CLOUDFRONT}"),
+        (r"(^|\.)civitai\.com$", f"{_AWS}|token|authorization"),
+    )
 )
-_AZURE_PARAMETER = re.compile(r"(?i)s[vretpskir]|spr|sip|srt|sdd|sk(oid|tid|t|e|s|v)")
-
-
-def canonical_url(url: str) -> str:
-    """The URL without what does not name the file: case of the host, default port, fragment, tokens, signatures."""
-    parts = urlsplit(url)
-    port = {"http": 80, "https": 443}[parts.scheme.lower()]
-    host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
-    origin = f"{parts.scheme.lower()}://{host}" + (f":{parts.port}" if parts.port not in (None, port) else "")
-    query = urlencode(public_query(parts.query))
-    return f"{origin}{parts.path or '/'}" + (f"?{query}" if query else "")
 
 
 def split_http_url(url: str, error: Callable[[str], Exception] = BadReference) -> tuple[str, str, int]:
@@ -33,21 +37,39 @@ def split_http_url(url: str, error: Callable[[str], Exception] = BadReference) -
     except ValueError:
         raise error(f"the URL {mask(url)} has an invalid host or port") from None
     scheme = parts.scheme.lower()
-    if scheme not in ("http", "https"):
+    if scheme not in _DEFAULT_PORTS:
         raise error(f"the URL {mask(url)} is neither http nor https")
-    if not parts.hostname or port == 0:
+    if not parts.hostname or len(parts.hostname) > MAX_HOST or port == 0:
         raise error(f"the URL {mask(url)} has an invalid host or port")
     if "@" in parts.netloc:
         raise error(f"the URL {mask(url)} holds a user name or password; use a signed URL or a token variable instead")
-    return scheme, parts.hostname, port or {"http": 80, "https": 443}[scheme]
+    return scheme, parts.hostname, port or _DEFAULT_PORTS[scheme]
 
 
-def public_query(query: str) -> list[tuple[str, str]]:
-    """The query's parameters in order, without tokens and signatures."""
-    pairs = parse_qsl(query, keep_blank_values=True)
-    azure = any(name.lower() == "sig" for name, _ in pairs)
-    return [
-        (name, value)
-        for name, value in pairs
-        if not _SECRET_PARAMETER.fullmatch(name) and not (azure and _AZURE_PARAMETER.fullmatch(name))
-    ]
+def canonical_url(url: str) -> str:
+    """The URL without what does not name the file: case of the host, default port, fragment, known signatures.
+
+    It may hold a token: it is for hashing only. Queries that are equal as form data (`a+b` and `a%20b`) are equal.
+    """
+    parts = urlsplit(url)
+    host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
+    is_default = parts.port in (None, _DEFAULT_PORTS[parts.scheme.lower()])
+    origin = f"{parts.scheme.lower()}://{host}" + ("" if is_default else f":{parts.port}")
+    query = encode_query(naming_query(parts))
+    return f"{origin}{parts.path or '/'}" + (f"?{query}" if query else "")
+
+
+def naming_query(parts: SplitResult) -> list[tuple[str, str]]:
+    """The query's parameters that may choose the file, in order: all but the signature of a host that is known.
+
+    Bytes that are not UTF-8 become half surrogates, which `encode_query` turns back.
+    """
+    pairs = parse_qsl(parts.query, keep_blank_values=True, errors="surrogateescape")
+    host = parts.hostname or ""
+    signatures = [parameters for hosts, parameters in _SIGNATURES if hosts.search(host)]
+    return [pair for pair in pairs if not any(signature.fullmatch(pair[0]) for signature in signatures)]
+
+
+def encode_query(pairs: Iterable[tuple[str, str]]) -> str:
+    """Parameters as `naming_query` gives them, as the query of a URL."""
+    return urlencode(list(pairs), errors="surrogateescape")

@@ -74,7 +74,7 @@ def test_civitai_forms_name_one_file(text: str):
     assert isinstance(reference, CivitaiReference)
     assert reference.version == 128713
     assert reference.file_name == name("civitai:118427@128713")
-    assert "SECRET" not in repr(reference) + reference.canonical
+    assert "SECRET" not in repr(reference) + reference.shown
 
 
 @pytest.mark.parametrize("text", ["https://civitai.com/models/118427", "civitai:118427"])
@@ -172,21 +172,78 @@ def test_two_references_never_share_a_name():
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("text", "kept_as"),
     [
-        "HTTPS://A.example:443/lora.safetensors#fragment",
-        "https://a.example/lora.safetensors?token=SECRET",
-        "https://a.example/lora.safetensors?X-Amz-Signature=SECRET&X-Amz-Expires=60&X-Amz-Date=2024",
-        "https://a.example/lora.safetensors?sv=2022&sp=r&sig=SECRET&se=2030",
-        "https://a.example/lora.safetensors?Expires=1&Signature=SECRET&Key-Pair-Id=K",
-        "https://a.example/lora.safetensors?api_key=SECRET",
+        ("HTTPS://A.example:443/lora.safetensors#fragment", "dfe685eb33e4_lora.safetensors"),
+        (
+            "https://a.example/x/lora.safetensors?version=1&name=a%20b+c&empty=&flag&q=%C3%BC",
+            "7a6de9fe91a8_lora.safetensors",
+        ),
+        ("https://a.example:8443/download?id=3", "lora_651a319ae943.safetensors"),
+        (
+            "https://civitai.com/api/download/models/7?type=Model&format=SafeTensor&token=SECRET",
+            "lora_a28240346dd5.safetensors",
+        ),
+        ("https://b.s3.eu-west-1.amazonaws.com/l.safetensors?X-Amz-Date=1&versionId=7", "2a6129bbf720_l.safetensors"),
+        (
+            "https://acc.blob.core.windows.net/c/l.safetensors?sv=2022&sp=r&sr=b&sig=SECRET&se=2030&snapshot=5",
+            "13943cac3499_l.safetensors",
+        ),
     ],
 )
-def test_tokens_and_signatures_do_not_make_another_file(text: str):
-    reference = parse(text)
-    assert isinstance(reference, UrlReference)
-    assert reference.file_name == name("https://a.example/lora.safetensors")
-    assert "SECRET" not in reference.canonical + reference.shown + repr(reference)
+def test_names_stay_what_they_were(text: str, kept_as: str):
+    """Existing caches keep their entries: these are the names that 0.1 gave."""
+    assert name(text) == kept_as
+
+
+SIGNED = {
+    "https://s3.amazonaws.com/b/l.safetensors": "X-Amz-Algorithm=A&X-Amz-Signature=SECRET&X-Amz-Expires=60",
+    "https://b.s3.eu-west-1.amazonaws.com/l.safetensors": "X-Amz-Security-Token=SECRET&X-Amz-Signature=SECRET",
+    "https://b.s3-us-west-2.amazonaws.com/l.safetensors": "AWSAccessKeyId=K&Signature=SECRET&Expires=1",
+    "https://b.x.r2.cloudflarestorage.com/l.safetensors": "X-Amz-Signature=SECRET&X-Amz-Credential=K",
+    "https://storage.googleapis.com/b/l.safetensors": "GoogleAccessId=K&Expires=1&Signature=SECRET",
+    "https://b.storage.googleapis.com/l.safetensors": "X-Goog-Signature=SECRET&X-Goog-Date=1",
+    "https://acc.blob.core.windows.net/c/l.safetensors": "sv=2022&sp=r&sr=b&st=1&se=2&skoid=k&sig=SECRET",
+    "https://cdn-lfs.huggingface.co/repos/l.safetensors": "Expires=1&Policy=P&Signature=SECRET&Key-Pair-Id=K",
+    "https://b2.civitai.com/file/l.safetensors": "Authorization=SECRET",
+    "https://civitai.com/api/download/models/7": "token=SECRET",
+}
+
+
+@pytest.mark.parametrize("url", SIGNED)
+def test_the_signature_of_a_known_host_does_not_make_another_file(url: str):
+    signed = parse(f"{url}?{SIGNED[url]}")
+    assert signed.file_name == name(url)
+    assert signed.file_name != name(f"{url}?{SIGNED[url]}&versionId=7")
+    assert "SECRET" not in signed.shown + repr(signed)
+
+
+WORDS = ["token", "jwt", "id_token", "policy", "api-key", "expires", "sig", "signature", "X-Amz-Signature", "sv", "q"]
+
+
+@pytest.mark.parametrize("word", WORDS)
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://a.example/dl",
+        "https://s3.amazonaws.com.a.example/dl",
+        "https://not-s3.example/dl",
+        "https://api.amazonaws.com/dl",
+        "https://nothf.co/dl",
+    ],
+)
+def test_at_another_host_every_parameter_may_choose_the_file(url: str, word: str):
+    one, two = parse(f"{url}?{word}=fileA-SECRET"), parse(f"{url}?{word}=fileB-SECRET")
+    assert len({one.file_name, two.file_name, name(url)}) == 3
+    assert one.key != two.key
+    assert "SECRET" not in one.shown + one.file_name + repr(one)
+
+
+def test_bytes_that_are_not_utf8_stay_apart():
+    forms = ["%FF", "%FE", "%EF%BF%BD", "%C3%BF", "%ED%B3%BF", "%ED%B3", ""]
+    assert len({name(f"https://a.example/dl?id={form}") for form in forms}) == len(forms)
+    assert len({name(f"https://civitai.com/api/download/models/7?type={form}") for form in forms}) == len(forms)
+    assert name("https://a.example/dl?id=%ff") == name("https://a.example/dl?id=%FF")
 
 
 def test_forms_of_one_hub_file_are_one_file():

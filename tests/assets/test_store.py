@@ -44,7 +44,7 @@ def get(url: str, settings: Settings, **options: Any) -> AssetFile:
 def test_a_url_is_downloaded_once_and_described(server: FileServer, settings: Settings):
     url = server.add("/my-lora.safetensors", on.whole(LORA))
     first = get(f"{url}?token=SECRET", settings)
-    again = get(url, settings)
+    again = get(f"{url}?token=SECRET", settings)
     assert first.path.read_bytes() == LORA
     assert (first.cached, again.cached) == (False, True)
     assert (first.sha256, first.size, first.name) == (on.sha256(LORA), len(LORA), first.path.name)

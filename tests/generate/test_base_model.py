@@ -161,7 +161,7 @@ def test_a_checkpoint_url_is_stored_under_a_hashed_name(stand_in: Hub, tmp_path:
     assert (found.kind, found.path.read_bytes(), found.path.parent) == ("file", content, tmp_path / "checkpoints")
     assert "SECRET" not in str(found)
     asked = len(stand_in.cdn.requests)
-    assert find(url, stand_in) == found
+    assert find(f"{url}?token=SECRET", stand_in) == found
     assert len(stand_in.cdn.requests) == asked
 
 

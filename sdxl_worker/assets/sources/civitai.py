@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from dataclasses import dataclass
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from sdxl_worker.assets.budget import Budget
 from sdxl_worker.assets.connect import Target
-from sdxl_worker.assets.fetch import fetch_to
+from sdxl_worker.assets.fetch import fetch_bytes
 from sdxl_worker.assets.kind import Kind
 from sdxl_worker.assets.location import Location
 from sdxl_worker.assets.references import RemoteReference, hashed_name
-from sdxl_worker.assets.urls import public_query, split_http_url
+from sdxl_worker.assets.urls import encode_query, naming_query, split_http_url
 from sdxl_worker.errors import BadReference, FetchFailed, NotFound
 from sdxl_worker.masking import mask
 from sdxl_worker.settings import Settings
@@ -24,7 +23,7 @@ MAX_ANSWER = 8 << 20
 AUTH_HINT = "set CIVITAI_API_TOKEN to an API key from your Civitai account settings"
 
 _HOSTS = frozenset({"civitai.com", "www.civitai.com"})
-_ID = r"\d{1,15}"
+_ID = r"[0-9]{1,15}"
 _FORM = re.compile(
     rf"(?i)(?:civitai|urn:air:[\w.\-]+:[\w.\-]+:civitai):(?P<model>{_ID})(?:@(?P<version>{_ID}))?(?:\.\w+)?"
 )
@@ -49,7 +48,7 @@ class CivitaiReference(RemoteReference):
     @property
     def canonical(self) -> str:
         what = f"version/{self.version}" if self.version else f"model/{self.model}"
-        return f"civitai:{what}?{urlencode(sorted(self.options))}".rstrip("?")
+        return f"civitai:{what}?{encode_query(sorted(self.options))}".rstrip("?")
 
     @property
     def shown(self) -> str:
@@ -64,7 +63,7 @@ class CivitaiReference(RemoteReference):
     def locate(self, settings: Settings, budget: Budget) -> Location:
         """The version's download address, with the token for Civitai only; raises FetchError subclasses."""
         version = self.version or _newest_version(self, settings, budget)
-        query = f"?{urlencode(self.options)}" if self.options else ""
+        query = f"?{encode_query(self.options)}" if self.options else ""
         target = _target(f"{ORIGIN}/api/download/models/{version}{query}", self, settings)
         return Location(target, identity=f"version:{version}")
 
@@ -89,9 +88,7 @@ def _parse_url(text: str) -> CivitaiReference:
     query = dict(parse_qsl(parts.query))
     download = re.fullmatch(rf"/api/download/models/({_ID})/?", parts.path)
     if download:
-        return CivitaiReference(
-            int(download[1]), options=tuple(public_query(parts.query)), token=query.get("token", "")
-        )
+        return CivitaiReference(int(download[1]), options=tuple(naming_query(parts)), token=query.get("token", ""))
     page = re.match(rf"/models/({_ID})(?:/|$)", parts.path)
     if page is None:
         raise BadReference(f"the URL {mask(text)} is neither a model page nor a download link of Civitai")
@@ -103,11 +100,10 @@ def _parse_url(text: str) -> CivitaiReference:
 
 def _newest_version(reference: CivitaiReference, settings: Settings, budget: Budget) -> int:
     """The model's first listed version, which is the newest (https://developer.civitai.com, GET /api/v1/models/:id)."""
-    sink = io.BytesIO()
     target = _target(f"{ORIGIN}/api/v1/models/{reference.model}", reference, settings)
-    fetch_to(sink, target, max_bytes=MAX_ANSWER, budget=budget)
+    answer = fetch_bytes(target, max_bytes=MAX_ANSWER, budget=budget)
     try:
-        versions = json.loads(sink.getvalue())["modelVersions"]
+        versions = json.loads(answer)["modelVersions"]
         return int(versions[0]["id"])
     except IndexError:
         raise NotFound(f"{reference.shown} has no published version") from None
