@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,8 +39,12 @@ class Listed:
 def list_cache(folder: Path) -> list[Listed]:
     """Every file in the cache, the most recently used first; one that vanishes meanwhile is left out, and so are the
     other names that requests gave them."""
+    try:
+        paths = [folder / name for name in os.listdir(folder)]
+    except OSError:
+        return []
     found = []
-    for path in folder.glob("*"):
+    for path in paths:
         if path.suffix not in WEIGHT_SUFFIXES or is_other_name(path):
             continue
         with contextlib.suppress(OSError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -110,7 +111,7 @@ def _adopted(reference: RemoteReference, path: Path, order: Order) -> Entry | No
 
     That is how a worker leaves it that died between rename and sidecar, or a volume that was copied.
     """
-    if not path.is_file() or path.is_symlink():
+    if not os.path.isfile(path) or os.path.islink(path):
         return None
     read = read_sidecar(path)
     known = read[0] if read is not None and read[0].key == reference.key else None

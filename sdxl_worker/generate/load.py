@@ -31,7 +31,7 @@ def load_pipeline(settings: Settings) -> StableDiffusionXLPipeline:
     device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
     model = find_base_model(settings)
     if model.kind == "tiny":
-        topology.write_example_lora(settings.lora_cache_dir)
+        _write_example_lora(settings)
         pipeline = topology.build_sdxl(topology.TINY, dtype=dtype, device=device)
     else:
         pipeline = _load_from_disk(model, settings, dtype, device)
@@ -41,6 +41,13 @@ def load_pipeline(settings: Settings) -> StableDiffusionXLPipeline:
             # Once and for all: diffusers' eval() leaves it on, and some CPU kernels round differently with it.
             module.eval().requires_grad_(False)
     return pipeline
+
+
+def _write_example_lora(settings: Settings) -> None:
+    try:
+        topology.write_example_lora(settings.lora_cache_dir)
+    except OSError as error:
+        logger.warning("the tiny model's example LoRA cannot be written (%s)", error.strerror or type(error).__name__)
 
 
 def _load_from_disk(model: BaseModel, settings: Settings, dtype: torch.dtype, device: str) -> StableDiffusionXLPipeline:

@@ -23,7 +23,10 @@ from download_weights import download_lora, download_loras
 from sdxl_worker import errors
 from sdxl_worker.assets import fetch, folder, locks
 from sdxl_worker.assets.asset_file import AssetFile
+from sdxl_worker.assets.eviction import list_cache
 from sdxl_worker.assets.sidecar import read_sidecar, sidecar_path
+from sdxl_worker.assets.store import AssetStore
+from sdxl_worker.kinds import LORA as LORA_KIND
 from sdxl_worker.settings import Settings
 from tests.support import http_server as on
 from tests.support.download_files import lora_bytes, partials, published, settings_for, wait_until
@@ -363,3 +366,20 @@ def test_the_first_error_stops_the_others(server: FileServer, settings: Settings
     with pytest.raises(errors.NotFound):
         download_loras([slow, bad], settings=settings)
     assert (published(settings.lora_cache_dir), partials(settings.lora_cache_dir)) == ([], [])
+
+
+@pytest.mark.parametrize("name", ["file/loras", "a" * 300])
+def test_a_cache_folder_that_cannot_be_created_is_one_sentence(
+    server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
+):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "file").write_text("")
+    store = AssetStore(settings_for(tmp_path / name))
+    store.prepare(LORA_KIND)
+    (record,) = caplog.records
+    assert "cannot be created" in record.getMessage()
+    assert record.exc_info is None
+    assert store.get(server.add("/a.safetensors", on.whole(LORA)), LORA_KIND).path.read_bytes() == LORA
+    assert list_cache(tmp_path / name) == store.prune(LORA_KIND) == []
+    with pytest.raises(errors.NotFound):
+        store.get("absent", LORA_KIND)

@@ -34,6 +34,12 @@ def test_tiny_is_thesame_every_time_and_brings_its_lora(tmp_path: Path):
     assert not any(parameter.requires_grad for parameter in first.unet.parameters())
 
 
+def test_tiny_loads_where_its_lora_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    (tmp_path / "loras").write_text("a file where the folder should be")
+    assert load_pipeline(_settings(tmp_path, "tiny")).unet is not None
+    assert "cannot be written" in caplog.text
+
+
 def test_a_local_folder_is_served(pipeline, tmp_path: Path):
     pipeline.save_pretrained(tmp_path / "model")
     loaded = load_pipeline(_settings(tmp_path, tmp_path / "model"))
