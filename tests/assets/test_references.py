@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -116,6 +118,11 @@ NO_REPO = ["user/../x", "user/repo/../../x", "user/repo//x", "user/repo@", "user
 NO_URL = ["file:///etc/passwd", "ftp://host/x", "data:text/plain,x", "gopher://x", "http:/x", "http://", "https:///x"]
 NO_HOST = ["http://host:port/x", "http://host:99999/x", "http://host:0/", "http://[::1/x", "http://[zz::1]/x"]
 NO_CIVITAI = ["civitai:abc", "civitai:", "urn:air:sdxl:lora:other:1@2", "https://civitai.com/user/x"]
+DIGITS = "9" * 4000  # int() refuses more than 4,300 of them
+NO_ID = [f"civitai:{DIGITS}", f"civitai:1@{DIGITS}", "civitai:" + "9" * 5000, "civitai:\u0661", "civitai:1@\u0661"]
+NO_ID += [
+    f"https://civitai.com/{form}{DIGITS}" for form in ("models/", "models/1?modelVersionId=", "api/download/models/")
+]
 NO_PAGE = ["https://civitai.com/models/1?modelVersionId=x", "https://huggingface.co/user", "https://huggingface.co/"]
 TOO_LONG = ["http://host/" + "x" * 5000, "user/repo/" + "x" * 300, "https://huggingface.co/user/repo/commits/main"]
 LOGIN = ["http://user:hunter2@host/x", "http://user@host/x"]
@@ -123,13 +130,54 @@ LOGIN = ["http://user:hunter2@host/x", "http://user@host/x"]
 
 @pytest.mark.parametrize(
     "text",
-    [*NO_NAME, *NO_CACHED_FILE, *NO_REPO, *NO_URL, *NO_HOST, *NO_CIVITAI, *NO_PAGE, *TOO_LONG, *LOGIN],
+    [*NO_NAME, *NO_CACHED_FILE, *NO_REPO, *NO_URL, *NO_HOST, *NO_CIVITAI, *NO_ID, *NO_PAGE, *TOO_LONG, *LOGIN],
 )
 def test_everything_else_is_refused(text: str):
     with pytest.raises(BadReference) as caught:
         parse(text)
     assert str(caught.value).isascii()
     assert "hunter2" not in str(caught.value)
+
+
+LONGEST = [f"https://host/{'x' * 4083}", "https://host/?" + "x" * 4082]
+
+
+@pytest.mark.parametrize("text", LONGEST)
+def test_a_reference_has_at_most_4096_characters(text: str):
+    assert len(text) == 4096
+    assert isinstance(parse(text), UrlReference)
+    with pytest.raises(BadReference, match="longer than 4096 characters"):
+        parse(text + "x")
+
+
+# Of each text as much as fits into a request, and as much as is parsed.
+HOSTILE = """
+from sdxl_worker.assets.sources import parse_reference
+from sdxl_worker.errors import BadReference
+from sdxl_worker.kinds import LORA
+from sdxl_worker.settings import Settings
+
+settings = Settings()
+starts = ("", "x://a:b", "http://", "http://a:b", "https://civitai.com/", "https://huggingface.co/", "https://s3",
+          "https://s3.", "urn:air:", "civitai:", "a/b@", "a/b@refs/pr/", "a/b/blob/", "/models/loras/")
+pieces = ("//", "/", "@", ":", "a:", "a@", "?", "?a=", "&", "%", "%2f", "-a", "-.a", ".a", "..", "a/b", "a/a@", "1")
+for start in starts:
+    for piece in pieces:
+        for end in ("", "@", "?", "!"):
+            for length in (131072, 4096):
+                text = (start + piece * length)[: length - 1] + end
+                try:
+                    parsed = parse_reference(text, settings, LORA)
+                except BadReference as error:
+                    assert len(str(error)) < 400
+                else:
+                    parsed.file_name, parsed.key, parsed.shown
+"""
+
+
+def test_hostile_references_take_linear_time():
+    # About 2,000 texts and 4 s on one slow core; a single pattern that is not linear takes minutes.
+    subprocess.run([sys.executable, "-c", HOSTILE], check=True, timeout=300)
 
 
 def test_what_is_no_text_is_refused():

@@ -107,7 +107,7 @@ def _newest_version(reference: CivitaiReference, settings: Settings, budget: Bud
         return int(versions[0]["id"])
     except IndexError:
         raise NotFound(f"{reference.shown} has no published version") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         raise FetchFailed(f"Civitai's answer about {reference.shown} cannot be read") from None
 
 

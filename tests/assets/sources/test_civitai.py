@@ -97,8 +97,24 @@ def test_missing_models_and_versions(site: FileServer, tmp_path: Path):
     site.add("/api/v1/models/5", on.status(200, b'{"modelVersions": []}'))
     with pytest.raises(errors.NotFound, match="no published version"):
         get("civitai:5", tmp_path)
-    site.add("/api/v1/models/5", on.status(200, b"<html>"))
-    with pytest.raises(errors.FetchFailed):
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"<html>",
+        b"[]",
+        b'{"modelVersions": 5}',
+        b'{"modelVersions": [{"id": 1e999}]}',
+        b'{"modelVersions": [{"id": "7/../x"}]}',
+        b'{"modelVersions": [{"id": %s}]}' % (b"9" * 5000),
+        b"[" * 100_000,
+    ],
+    ids=lambda answer: repr(answer[:40]),
+)
+def test_an_answer_that_cannot_be_read_is_the_host_s_fault(site: FileServer, tmp_path: Path, answer: bytes):
+    site.add("/api/v1/models/5", on.status(200, answer))
+    with pytest.raises(errors.FetchFailed, match="cannot be read"):
         get("civitai:5", tmp_path)
 
 
