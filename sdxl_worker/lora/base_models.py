@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
+from sdxl_worker.lora.formats import input_width
 from sdxl_worker.lora.keys import UNET, FileKeys, split_module
 
 SDXL = "SDXL"
@@ -65,7 +66,7 @@ def _from_modules(keys: FileKeys, shapes: Shapes) -> str | None:
     aliases = [alias for _, component, alias in located if component == UNET]
     for module, component, alias in located:
         if component == UNET and re.search(r"attn2_to_[kv]$", alias):
-            width = input_width(keys.modules[module], shapes)
+            width = input_width({role: shapes[key] for role, key in keys.modules[module].items()})
             if width in _CROSS_ATTENTION_WIDTHS:
                 return _CROSS_ATTENTION_WIDTHS[width]
     # Only SD 1 and 2 have one text encoder, which kohya then calls `te` without a number.
@@ -81,18 +82,6 @@ def _from_modules(keys: FileKeys, shapes: Shapes) -> str | None:
 def _shared_with_sd1(module: str) -> bool:
     """The first text encoder is CLIP-L in SD 1.5 and in SDXL: one name, the same shapes."""
     return "text_encoder." in module or "clip_l." in module
-
-
-def input_width(roles: Mapping[str, str], shapes: Shapes) -> int | None:
-    """The module's input width as its tensors give it; `roles`: role -> tensor name. None where no formula is known."""
-    sized = {role: shapes[key] for role, key in roles.items()}
-    for role in ("down", "hada_w1_b", "diff", "a2"):
-        if len(sized.get(role, ())) > 1:
-            return sized[role][1]
-    halves = [sized.get(f"lokr_{part}", sized.get(f"lokr_{part}_b", ())) for part in ("w1", "w2")]
-    if all(len(half) > 1 for half in halves):
-        return halves[0][1] * halves[1][1]
-    return None
 
 
 def _any(pattern: re.Pattern[str], texts: Iterable[str]) -> bool:

@@ -14,39 +14,54 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sdxl_worker.lora.file import LoraContent, LoraFacts, autov3, read_lora
-from sdxl_worker.lora.formats import Change, map_tensors
+from sdxl_worker.lora.file import LoraFacts, autov3, read_lora
+from sdxl_worker.lora.formats.format import Change, map_tensors, tensors_of
 from sdxl_worker.lora.keys import COMPONENTS, ResidentModules
 from sdxl_worker.lora.match import Matched, match_lora
-from sdxl_worker.lora.merge import Target, WeightMerger
+from sdxl_worker.lora.merge import Target, WeightMerger, files_memory
 from sdxl_worker.request import LoraScale
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
 
 
+# What a tensor costs beside its data: the views, their places in the model, their share of dicts and of names.
+OBJECT_BYTES = 2048
+
+
 @dataclass(frozen=True)
 class ParsedLora:
-    """A LoRA file in host memory, checked and matched to the resident model; `warnings` are for the answer."""
+    """A LoRA file in host memory, checked and matched to the resident model; `warnings` are for the answer.
+
+    `data` (uint8, 1-D) is the file's, of which the tensors of `matched` are views where nothing had to be computed.
+    """
 
     facts: LoraFacts
-    warnings: tuple[str, ...]
     matched: Matched = field(repr=False)
-    content: LoraContent = field(repr=False)
+    data: torch.Tensor = field(repr=False)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What to tell the caller."""
+        return self.matched.warnings
 
     @functools.cached_property
     def autov3(self) -> str:
         """Computed when asked for: sidecars of today say it."""
-        return autov3(self.content.data)
+        return autov3(self.data)
 
-    @property
+    @functools.cached_property
     def size(self) -> int:
-        """Bytes of host memory."""
-        return self.content.data.numel()
+        """Bytes of host memory: the file's data, what was computed from it, and the objects that hold both."""
+        storages = {self.data.untyped_storage().data_ptr(): self.data.untyped_storage().nbytes()}
+        tensors = [tensor for change in self.matched.changes.values() for tensor in tensors_of(change)]
+        for tensor in tensors:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return sum(storages.values()) + OBJECT_BYTES * (len(tensors) + 1)
 
     def changes_on(self, device: torch.device) -> dict[Target, Change]:
         """The changes with their tensors on `device`: one transfer of the whole file instead of one per tensor."""
-        data = self.content.data
+        data = self.data
         if device == data.device:
             return self.matched.changes
         moved = data.to(device, non_blocking=True)
@@ -91,30 +106,34 @@ class LoraEngine:
     def read(self, path: Path) -> ParsedLora:
         """The file at `path`, from memory when this very file was read before (a stat, no disk read, no parsing).
 
-        Raises AssetFileError: WrongFile, BadFile, or LoraIncompatible when it does not fit the resident model.
-        The pipeline is not touched.
+        Raises AssetFileError: WrongFile, BadFile, or LoraIncompatible when it does not fit the resident model or the
+        memory. The pipeline is not touched.
         """
         state = os.stat(path)
         key = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
         with self._cache_lock:
             parsed = self._cache.get(key)
         if parsed is None:
-            content = read_lora(path, pinned=self._device.type == "cuda")
-            matched = match_lora(content, self._modules)
-            parsed = ParsedLora(content.facts, matched.warnings, matched, content)
+            with files_memory():
+                content = read_lora(path, pinned=self._device.type == "cuda")
+                matched = match_lora(content, self._modules)
+            parsed = ParsedLora(content.facts, matched, content.data)
         self._remember(key, parsed)
         return parsed
 
     def apply(self, loras: Sequence[tuple[ParsedLora, LoraScale]]) -> list[AppliedLora]:
         """Merge the LoRAs, all from the pristine weights, replacing whatever was merged; one AppliedLora each.
 
-        On an exception the weights are put back before it propagates. Raises AssetFileError or RestoreFailed.
+        On an exception the weights are put back before it propagates. Raises LoraIncompatible when the files need more
+        memory than there is, and RestoreFailed.
         """
         changes: dict[Target, list[tuple[Change, float]]] = {}
         applied = []
         for parsed, scale in loras:
             modules = set()
-            for target, change in parsed.changes_on(self._device).items():
+            with files_memory():
+                moved = parsed.changes_on(self._device)
+            for target, change in moved.items():
                 strength = getattr(scale, target.component)
                 if strength:
                     changes.setdefault(target, []).append((change, strength))

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from sdxl_worker.assets.safetensors_file import Header, read_header, read_tensors, stream_tensors, view_tensors
 from sdxl_worker.errors import BadFile, LoraIncompatible
 from sdxl_worker.lora.base_models import UNKNOWN, detect_base_model
+from sdxl_worker.lora.formats import ALPHA, format_name, rank_of
 from sdxl_worker.lora.keys import FileKeys, sort_keys
-from sdxl_worker.lora.metadata import describe, peft_alphas
+from sdxl_worker.lora.metadata import describe
 from sdxl_worker.text import clean_text
 
 if TYPE_CHECKING:
@@ -21,20 +22,10 @@ if TYPE_CHECKING:
 
 # The largest float16. Beyond it a weight overflows on the GPU and the picture is black.
 MAX_VALUE = 65504.0
+# Bundled embeddings that are named.
+_MAX_EMBEDDINGS = 20
 # Hex digits.
 _AUTOV3 = 12
-
-# Role -> the name people know the format by; a file may mix several.
-_FORMATS = {
-    "magnitude": "DoRA",
-    "hada_w1_a": "LoHa",
-    "lokr_w1": "LoKr",
-    "lokr_w1_a": "LoKr",
-    "oft_blocks": "OFT",
-    "a1": "GLoRA",
-    "diff": "full difference",
-    "w_norm": "norm difference",
-}
 
 
 @dataclass(frozen=True)
@@ -74,7 +65,6 @@ class LoraContent:
     header: Header
     data: torch.Tensor
     tensors: dict[str, torch.Tensor]
-    peft: dict[str, Any]
 
 
 def check_lora_file(path: Path) -> LoraFacts:
@@ -101,7 +91,7 @@ def read_lora(path: Path, *, pinned: bool = False) -> LoraContent:
     tensors = view_tensors(header, data)
     for name, tensor in tensors.items():
         _check_values(name, tensor)
-    return LoraContent(_facts(header, keys, tensors), keys, header, data, tensors, peft_alphas(header.metadata))
+    return LoraContent(_facts(header, keys, tensors), keys, header, data, tensors)
 
 
 def autov3(data: torch.Tensor) -> str:
@@ -119,7 +109,12 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def _sorted_keys(header: Header) -> FileKeys:
+    """The tensor names by module. Raises LoraIncompatible for what is no LoRA, before a tensor is touched."""
     keys = sort_keys(header.entries)
+    if empty := next((name for name, shape in header.shapes.items() if 0 in shape), None):
+        raise LoraIncompatible(f"the tensor {clean_text(empty)!r} is empty")
+    if keys.roles == {ALPHA}:
+        raise LoraIncompatible(f"the file's {len(header.entries)} tensors are alpha values without any weights")
     if not keys.modules:
         kind = "an embedding" if keys.embeddings else "a checkpoint or something else"
         raise LoraIncompatible(f"none of the file's {len(header.entries)} tensors belongs to a LoRA; it may be {kind}")
@@ -141,41 +136,17 @@ def _check_values(name: str, tensor: torch.Tensor) -> None:
 
 def _facts(header: Header, keys: FileKeys, tensors: Mapping[str, torch.Tensor]) -> LoraFacts:
     shapes = header.shapes
-    ranks = Counter(rank for roles in keys.modules.values() if (rank := _rank(roles, shapes)))
-    alphas = Counter(float(tensors[key].flatten()[0]) for key in _alpha_keys(keys, shapes) if key in tensors)
+    modules = [{role: shapes[key] for role, key in roles.items()} for roles in keys.modules.values()]
+    ranks = Counter(rank for module in modules if (rank := rank_of(module)))
+    alpha_keys = [roles[ALPHA] for roles in keys.modules.values() if ALPHA in roles]
+    alphas = Counter(float(tensors[key].flatten()[0]) for key in alpha_keys)
     return LoraFacts(
-        format=_format(keys, shapes),
+        format=format_name(modules) or UNKNOWN,
         base_model=detect_base_model(keys, shapes, header.metadata),
         tensors=len(header.entries),
         modules=len(keys.modules),
         rank=ranks.most_common(1)[0][0] if ranks else None,
         alpha=alphas.most_common(1)[0][0] if alphas else None,
-        embeddings=tuple(clean_text(name) for name in keys.embeddings),
+        embeddings=tuple(clean_text(name) for name in keys.embeddings[:_MAX_EMBEDDINGS]),
         **describe(header.metadata),
     )
-
-
-def _alpha_keys(keys: FileKeys, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    return [roles["alpha"] for roles in keys.modules.values() if "alpha" in roles and 0 not in shapes[roles["alpha"]]]
-
-
-def _rank(roles: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-    for role in ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b", "a2"):
-        if role in roles and shapes[roles[role]]:
-            return shapes[roles[role]][0]
-    return None
-
-
-def _format(keys: FileKeys, shapes: Mapping[str, tuple[int, ...]]) -> str:
-    names = [_FORMATS[role] for role in _FORMATS if role in keys.roles]
-    if any(len(shape) == 4 for shape in _shapes_of("oft_blocks", keys, shapes)):
-        names[names.index("OFT")] = "BOFT"
-    if "down" in keys.roles or "up" in keys.roles:
-        kernels = [shape[2:] for shape in _shapes_of("down", keys, shapes)]
-        convolution = "mid" in keys.roles or any(kernel not in ((), (1, 1)) for kernel in kernels)
-        names.insert(0, "LoCon" if convolution else "LoRA")
-    return " + ".join(dict.fromkeys(names)) or UNKNOWN
-
-
-def _shapes_of(role: str, keys: FileKeys, shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[int, ...]]:
-    return [shapes[roles[role]] for roles in keys.modules.values() if role in roles]

@@ -1,8 +1,9 @@
 """The tensor names LoRA trainers write: what part of which module a key means.
 
-A key is `<prefix><module><suffix>`: the suffix gives the tensor's role (`down`, `up`, `alpha`, `hada_w1_a`, ...), the
-prefix the component (UNet or one of the text encoders), and the module is written with dots or underscores, in
-diffusers' naming or in SDXL's own (input_blocks, middle_block, output_blocks).
+A key is `<prefix><module><suffix>`: the suffix gives the tensor's role (`down`, `up`, `alpha`, `hada_w1_a`, ...) and
+stands in the format's entry in `sdxl_worker.lora.formats`; the prefix gives the component (UNet or one of the text
+encoders), and the module is written with dots or underscores, in diffusers' naming or in SDXL's own (input_blocks,
+middle_block, output_blocks).
 """
 
 from __future__ import annotations
@@ -10,25 +11,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
+
+from sdxl_worker.lora.formats import SUFFIXES
 
 UNET, TEXT_ENCODER, TEXT_ENCODER_2 = "unet", "text_encoder", "text_encoder_2"
 COMPONENTS = (UNET, TEXT_ENCODER, TEXT_ENCODER_2)
 
-# What follows the module in a key -> the role of the tensor. `[^.]+` is an adapter name that PEFT may put in.
-_SUFFIX_PATTERNS: tuple[tuple[str, str | None], ...] = (
-    (r"\.lora_down\.weight|(?:\.lora|_lora|\.lora_linear_layer)\.down\.weight|\.lora_A(?:\.[^.]+)?\.weight", "down"),
-    (r"\.lora_up\.weight|(?:\.lora|_lora|\.lora_linear_layer)\.up\.weight|\.lora_B(?:\.[^.]+)?\.weight", "up"),
-    (r"\.lora_mid\.weight", "mid"),
-    (r"\.lora_B(?:\.[^.]+)?\.bias", "up_bias"),
-    (r"\.alpha", "alpha"),
-    (r"\.dora_scale|\.lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?", "magnitude"),
-    (r"\.(?P<as_written>hada_w[12]_[ab]|hada_t[12])", None),
-    (r"\.(?P<as_written>lokr_w[12]|lokr_w[12]_[ab]|lokr_t2)", None),
-    (r"\.(?P<as_written>diff|diff_b|w_norm|b_norm|oft_blocks|rescale)", None),
-    (r"\.(?P<as_written>a1|a2|b1|b2|bm)\.weight", None),
-)
-_SUFFIXES = tuple((re.compile(rf"(?P<module>.+?)(?:{pattern})"), role) for pattern, role in _SUFFIX_PATTERNS)
+_KEY = re.compile(rf"(?P<module>.+?)(?:{'|'.join(f'(?P<{role}>{end})' for role, end in SUFFIXES.items())})")
+# Longer than any model's names, and short enough for every pattern.
+MAX_NAME = 400
 
 _WRAPPERS = re.compile(r"^(?:base_model\.model\.|_orig_mod\.|module\.)+")
 # Longest first where one is the beginning of another.
@@ -86,11 +79,9 @@ def sort_keys(keys: Mapping[str, Any] | list[str]) -> FileKeys:
 
 
 def split_key(key: str) -> tuple[str, str] | None:
-    """`(module as written, role)` of a tensor name, or None when the suffix is not one of a LoRA."""
-    for pattern, role in _SUFFIXES:
-        if match := pattern.fullmatch(key):
-            return match["module"], role or match["as_written"]
-    return None
+    """`(module as written, role)` of a tensor name, or None when its end is not one that a LoRA format writes."""
+    match = _KEY.fullmatch(key) if len(key) <= MAX_NAME else None
+    return (match["module"], str(match.lastgroup)) if match else None
 
 
 def split_module(module: str) -> tuple[str, str]:
@@ -104,10 +95,11 @@ def split_module(module: str) -> tuple[str, str]:
         if text.startswith(prefix):
             text, component = text[len(prefix) :], owner
             break
-    return component, _alias(text)
+    return component, alias_of(text)
 
 
-def _alias(name: str) -> str:
+def alias_of(name: str) -> str:
+    """A module's name as ResidentModules looks it up: underscores, without what some trainers put in."""
     # `attn1.processor.to_q` is how diffusers wrote attention LoRAs before it used PEFT.
     return re.sub(r"^text_model_", "", name.replace(".", "_").replace("_processor_", "_"))
 
@@ -132,9 +124,20 @@ class ResidentModules:
         """The name of the resident module, or None."""
         return self._aliases[component].get(alias)
 
+    def in_sdxl(self, component: str, alias: str) -> bool:
+        """True when SDXL base 1.0 has the module, whether this variant has it or not."""
+        return self._sdxl.find(component, alias) is not None
+
+    @cached_property
+    def _sdxl(self) -> ResidentModules:
+        # From its structure alone: meta tensors take no memory, but building them takes a second.
+        from sdxl_worker import topology
+
+        return ResidentModules(topology.structure(topology.FULL))
+
     @staticmethod
     def _names(component: str, name: str) -> Iterator[str]:
-        alias = _alias(name)
+        alias = alias_of(name)
         yield alias
         if alias.endswith("_to_out_0"):
             yield alias.removesuffix("_0")

@@ -7,15 +7,18 @@ graphs stay valid, and putting W0 back is a copy.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sdxl_worker.errors import RestoreFailed
-from sdxl_worker.lora.formats import Change, LowRank
+from sdxl_worker.errors import LoraIncompatible, RestoreFailed
+from sdxl_worker.lora.formats.format import Change
+from sdxl_worker.lora.formats.low_rank import LowRank
+from sdxl_worker.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -43,11 +46,6 @@ class WeightMerger:
         self._merged: list[Target] = []
         self._place: str | None = None
 
-    @property
-    def merged(self) -> int:
-        """How many parameters differ from their pristine values (or may, after a failure half-way)."""
-        return len(self._merged)
-
     @torch.no_grad()
     def merge(self, changes: Mapping[Target, Sequence[tuple[Change, float]]]) -> None:
         """Set each target to its pristine value plus the sum of `scale * change`; everything merged before is undone.
@@ -58,7 +56,8 @@ class WeightMerger:
         for target, parts in changes.items():
             pristine = self._keep_pristine(target)
             self._merged.append(target)
-            _merge_one(self._live[target], pristine, parts)
+            with files_memory():
+                _merge_one(self._live[target], pristine, parts)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -104,6 +103,19 @@ class WeightMerger:
             ACTIVATION_RESERVE / 2**30,
         )
         return place
+
+
+@contextlib.contextmanager
+def files_memory() -> Iterator[None]:
+    """Memory that runs out inside was asked for by files, so that it is the caller who has to act: LoraIncompatible."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise LoraIncompatible(
+                "the LoRAs need more memory than this worker has; use fewer or smaller ones"
+            ) from error
+        raise
 
 
 def _merge_one(live: Tensor, pristine: Tensor, parts: Sequence[tuple[Change, float]]) -> None:

@@ -28,27 +28,6 @@ def describe(metadata: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def peft_alphas(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """PEFT's scaling facts that diffusers and PEFT leave in `lora_adapter_metadata`, all other settings left out.
-
-    Keys are `alpha`, `rslora` and `pattern` with a component prefix (`unet.alpha`), or without one where the metadata
-    has none. Anything malformed is left out.
-    """
-    found: dict[str, Any] = {}
-    settings = _json_object(metadata.get("lora_adapter_metadata", ""))
-    for name, value in settings.items():
-        prefix, _, field = name.rpartition(".")
-        prefix = f"{prefix}." if prefix else ""
-        if field == "lora_alpha" and _is_number(value):
-            found[f"{prefix}alpha"] = float(value)
-        elif field == "use_rslora" and value is True:
-            found[f"{prefix}rslora"] = True
-        elif field == "alpha_pattern" and isinstance(value, dict):
-            pattern = {str(key): float(alpha) for key, alpha in value.items() if _is_number(alpha)}
-            found[f"{prefix}pattern"] = pattern
-    return found
-
-
 def _first(metadata: Mapping[str, str], *names: str) -> str:
     for name in names:
         text = clean_text(metadata.get(name))
@@ -65,22 +44,23 @@ def _trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
     if named:
         words = [word.strip() for word in named.split(",")]
     else:
-        folders = _json_object(metadata.get("ss_dataset_dirs", ""))
+        folders = json_object(metadata.get("ss_dataset_dirs", ""))
         words = [match[1] for name in folders if (match := re.fullmatch(r"\d+_(.+)", name))]
     return tuple(dict.fromkeys(clean for word in words if (clean := clean_text(word))))[:_MAX_WORDS]
 
 
 def _top_tags(metadata: Mapping[str, str]) -> tuple[tuple[str, int], ...]:
     counts: Counter[str] = Counter()
-    for tags in _json_object(metadata.get("ss_tag_frequency", "")).values():
+    for tags in json_object(metadata.get("ss_tag_frequency", "")).values():
         if isinstance(tags, dict):
             counts.update(
-                {tag: number for tag, number in tags.items() if _is_number(number) and isinstance(number, int)}
+                {tag: number for tag, number in tags.items() if is_number(number) and isinstance(number, int)}
             )
     return tuple((clean_text(tag), number) for tag, number in counts.most_common(_MAX_TAGS) if clean_text(tag))
 
 
-def _json_object(text: object) -> dict[str, Any]:
+def json_object(text: object) -> dict[str, Any]:
+    """A JSON object in the metadata; empty for anything else, and for what is too long or too deep."""
     if not isinstance(text, str) or len(text) > _MAX_JSON:
         return {}
     try:
@@ -90,5 +70,6 @@ def _json_object(text: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """True for a number that is not beyond any sense."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9

@@ -10,9 +10,8 @@ from collections.abc import Iterator
 import torch
 
 from sdxl_worker.errors import DeviceFailed, OutOfMemory, WorkerError
+from sdxl_worker.memory import is_out_of_memory
 
-# How CUDA and its libraries word it where they do not raise torch.OutOfMemoryError.
-_MEMORY_WORDS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "can't allocate memory")
 _DEVICE_WORDS = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS", "cuDNN error", "device-side assert", "NCCL error")
 
 
@@ -21,7 +20,7 @@ def as_worker_error(error: Exception) -> WorkerError:
     if isinstance(error, WorkerError):
         return error
     text = str(error)
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or _mentions(error, text, _MEMORY_WORDS):
+    if is_out_of_memory(error):
         return OutOfMemory("the request does not fit the memory; ask for a smaller picture or for one image")
     if isinstance(error, torch.AcceleratorError) or _mentions(error, text, _DEVICE_WORDS):
         return DeviceFailed("the GPU failed; a fresh worker will take the next try")

@@ -13,7 +13,7 @@ import torch
 from sdxl_worker import topology
 from sdxl_worker.errors import AssetFileError, RestoreFailed
 from sdxl_worker.lora.engine import LoraEngine
-from sdxl_worker.lora.formats import LowRank
+from sdxl_worker.lora.formats.low_rank import LowRank
 from sdxl_worker.request import LoraScale
 from tests.support.lora_files import FORMATS, LINEAR, kohya, lora, picture, save, weight_hash, whole_unet
 
@@ -90,10 +90,10 @@ def test_a_failure_half_way_leaves_the_base_model(pipeline, engine, files, monke
 
     def fail_at_tenth(self, weight):
         if next(calls) == 10:
-            raise RuntimeError("out of memory, say")
+            raise RuntimeError("a bug, say")
         return original(self, weight)
 
-    monkeypatch.setattr("sdxl_worker.lora.formats.Kronecker.change", fail_at_tenth)
+    monkeypatch.setattr("sdxl_worker.lora.formats.kronecker.Kronecker.change", fail_at_tenth)
     with pytest.raises(RuntimeError, match="say"):
         engine.apply([(engine.read(files[0]), LoraScale()), (parsed, LoraScale())])
     assert weight_hash(pipeline) == before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,15 +19,20 @@ from tests.support.lora_files import FORMATS, LINEAR, Tensors, kohya, picture, s
 
 
 def _roles(tensors: Tensors) -> Tensors:
-    return {roles[1]: tensor for suffix, tensor in tensors.items() if (roles := split_key(f"x.{suffix}"))}
+    split = {suffix: split_key(f"x.{suffix}") for suffix in tensors}
+    return {key[1]: tensors[suffix] for suffix, key in split.items() if key and key[1] != "alpha"}
+
+
+def change_of(tensors: Tensors, weight: torch.Tensor) -> torch.Tensor:
+    alpha = float(tensors["alpha"]) if "alpha" in tensors else None
+    return build_changes("x", _roles(tensors), alpha)["weight"].change(weight)
 
 
 def test_each_format_makes_the_published_change(pipeline):
     for name, (module, make) in FORMATS.items():
         weight = pipeline.unet.get_submodule(module).weight
         tensors, expected = make(weight)
-        roles = _roles(tensors)
-        change = build_changes("x", roles)["weight"].change(weight)
+        change = change_of(tensors, weight)
         assert change.dtype == torch.float32
         error = (change - expected).norm() / expected.norm()
         assert error < 1e-5, f"{name}: relative error {error:.1e}"
@@ -78,6 +84,49 @@ def test_rank_stabilised_and_plain_peft_alpha(pipeline, engine, tmp_path: Path):
         engine.apply([(engine.read(path), LoraScale())])
         assert torch.allclose(weight, original + factor * change.float(), atol=1e-6)
         engine.restore()
+
+
+def _lycoris(tensors: Tensors, weight: torch.Tensor) -> Any:
+    """What LyCORIS' functional API makes of the tensors, None for formats that it lacks."""
+    from lycoris import functional
+    from lycoris.functional import boft, diag_oft, locon, loha, lokr
+
+    part = tensors.get
+    alpha = float(part("alpha", torch.tensor(0.0)))
+    if "dora_scale" in tensors:
+        inner = _lycoris({name: tensor for name, tensor in tensors.items() if name != "dora_scale"}, weight)
+        by_row = tensors["dora_scale"].shape[0] == weight.shape[0]
+        return functional.weight_decompose(weight + inner, tensors["dora_scale"], 1, by_row, "torch") - weight
+    if "lora_down.weight" in tensors:
+        down, up, mid = tensors["lora_down.weight"], tensors["lora_up.weight"], part("lora_mid.weight")
+        return locon.diff_weight(down, up, mid, gamma=alpha / down.shape[0], backend="torch")
+    if "hada_w1_b" in tensors:
+        names = ("hada_w1_b", "hada_w1_a", "hada_w2_b", "hada_w2_a", "hada_t1", "hada_t2")
+        rank = tensors["hada_w1_b"].shape[0]
+        return loha.diff_weight(*map(part, names), gamma=alpha / rank, backend="torch")
+    if any(name.startswith("lokr_") for name in tensors):
+        ends = ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")
+        factor = alpha / tensors["lokr_w2_b"].shape[0] if "lokr_w2_b" in tensors else 1.0
+        return lokr.kron_weight(*(part(f"lokr_{end}") for end in ends), scale=factor, backend="torch")
+    if "oft_blocks" in tensors:
+        module = boft if tensors["oft_blocks"].ndim == 4 else diag_oft
+        weights = (tensors["oft_blocks"], part("rescale"))
+        return module.diff_weight(weight, *weights, constraint=alpha * weight.shape[0], backend="torch")
+    return None
+
+
+def test_each_format_that_lycoris_has_makes_the_same_change_there(pipeline):
+    lacking = set()
+    for name, (module, make) in FORMATS.items():
+        weight = pipeline.unet.get_submodule(module).weight
+        tensors, _ = make(weight)
+        expected = _lycoris(tensors, weight)
+        if expected is None:
+            lacking.add(name)
+            continue
+        error = (change_of(tensors, weight) - expected.reshape(weight.shape)).norm() / expected.norm()
+        assert error < 1e-5, f"{name}: relative error {error:.1e}"
+    assert lacking == {"full difference", "norm difference", "GLoRA"}
 
 
 @pytest.mark.parametrize("missing", ["lora_up.weight", "lora_down.weight"])

@@ -22,7 +22,7 @@ from sdxl_worker.assets.safetensors_file import read_header
 from sdxl_worker.assets.sidecar import read_sidecar, sidecar_path
 from sdxl_worker.assets.sources import hub
 from sdxl_worker.assets.store import AssetStore
-from sdxl_worker.lora.metadata import peft_alphas
+from sdxl_worker.lora.peft import peft_scaling
 from tests.support import http_server as on
 from tests.support.download_files import lora_bytes, published, settings_for
 from tests.support.http_server import FileServer
@@ -247,6 +247,7 @@ def test_a_peft_adapter_keeps_its_alpha(
     )
     stand_in.add("user/repo", Repo(files))
     file = get(f"user/repo/{name}", stand_in, tmp_path)
-    assert peft_alphas(read_header(file.path).metadata).get("alpha") == alpha
+    scaling = peft_scaling(read_header(file.path).metadata).get("")
+    assert (scaling and scaling.alpha) == alpha
     assert file.sha256 == hashlib.sha256(file.path.read_bytes()).hexdigest()
     assert get(f"user/repo/{name}", stand_in, tmp_path).cached
