@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import requests
 
 from sdxl_worker.assets import parallel
 from sdxl_worker.assets.store import AssetStore
@@ -55,16 +57,40 @@ def test_an_unforeseen_error_does_not_keep_the_worker_from_starting(
     assert "preload: one LoRA failed" in caplog.text
 
 
-def test_no_more_than_the_bound_at_once(server: FileServer, tmp_path: Path):
-    release = threading.Event()
-    urls = [
-        server.add(f"/{index}.safetensors", on.held(lora_bytes(index), 100, release, threading.Event()))
-        for index in range(parallel.MAX_PARALLEL + 2)
-    ]
-    thread = threading.Thread(target=AssetStore(settings_for(tmp_path)).get_all, args=(urls, LORA))
-    thread.start()
-    wait_until(lambda: len(server.requests) == parallel.MAX_PARALLEL)
-    started = len(server.requests)
-    release.set()
-    thread.join(20)
-    assert (started, len(server.requests)) == (parallel.MAX_PARALLEL, len(urls))
+class Crowd:
+    """Counts the requests that are being answered at the same time, and holds them until `release` is set."""
+
+    def __init__(self) -> None:
+        self.release = threading.Event()
+        self.now = self.most = 0
+        self._lock = threading.Lock()
+
+    def reply(self, content: bytes) -> on.Reply:
+        def reply(handler: on.Handler) -> None:
+            self._count(1)
+            self.release.wait(60)
+            self._count(-1)  # before the body ends, since only then may the client ask for the next file
+            on.whole(content)(handler)
+
+        return reply
+
+    def _count(self, change: int) -> None:
+        with self._lock:
+            self.now += change
+            self.most = max(self.most, self.now)
+
+
+@pytest.mark.parametrize("way", ["get_all", "preload"])
+def test_no_more_than_the_bound_at_once(server: FileServer, tmp_path: Path, way: str):
+    crowd, bound = Crowd(), parallel.MAX_PARALLEL
+    urls = [server.add(f"/{index}.safetensors", crowd.reply(lora_bytes(index))) for index in range(2 * bound)]
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(getattr(AssetStore(settings_for(tmp_path, download_timeout=120)), way), urls, LORA)
+        try:
+            wait_until(lambda: crowd.now >= bound)
+            for _ in range(50):  # requests of our own: whoever else wanted to come would have come meanwhile
+                assert requests.get(f"{server.origin}/absent", timeout=60).status_code == 404
+        finally:
+            crowd.release.set()
+        assert len(running.result(60)) == 2 * bound
+    assert crowd.most == bound == 4

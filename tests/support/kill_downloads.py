@@ -1,7 +1,9 @@
-"""Start downloads in forked children and kill them at random moments; prints what was left as one JSON line.
+"""Kill downloads at every moment that can be told apart; prints what each kill left as one JSON line.
 
-Run as `python -m tests.support.kill_downloads URL SHA256 ROUNDS` with LORA_CACHE_DIR set. The children are forked from
-a process that has imported everything already, so that a kill falls into the download and not into an import.
+Run as `python -m tests.support.kill_downloads URL SHA256` with LORA_CACHE_DIR set. A moment is an operation on the
+cache folder (Python's audit events), a connection, or a report of progress: the first child dies before its first one,
+the next one before its second, until a child gets through. The children are forked from a process that has imported
+everything already, so that only the download has moments.
 """
 
 from __future__ import annotations
@@ -9,11 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import signal
 import sys
-import time
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -22,17 +21,33 @@ import download_weights
 from sdxl_worker.assets.sidecar import sidecar_path
 from sdxl_worker.lora import file as lora_file
 
+EVENTS = frozenset({"open", "os.rename", "os.remove", "os.mkdir", "os.utime", "socket.connect"})
+MOST_MOMENTS = 500
 
-def child(url: str) -> int:
-    """The process id of a fork that downloads `url` and exits with 0."""
+
+def download_until(url: str, folder: str, moment: int) -> int:
+    """The exit status of a fork that downloads `url` and kills itself right before the operation number `moment`."""
     pid = os.fork()
-    if pid == 0:
-        try:
-            download_weights.download_lora(url)
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    return pid
+    if pid:
+        return os.waitpid(pid, 0)[1]
+    seen = 0
+
+    def live_on(*_arguments: object) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def audit(event: str, arguments: tuple[object, ...]) -> None:
+        if event == "socket.connect" or (event in EVENTS and any(str(value).startswith(folder) for value in arguments)):
+            live_on()
+
+    sys.addaudithook(audit)
+    try:
+        download_weights.download_lora(url, on_progress=live_on)
+    except BaseException:
+        os._exit(1)
+    os._exit(0)
 
 
 def look(path: Path, sha256: str) -> str:
@@ -45,29 +60,23 @@ def look(path: Path, sha256: str) -> str:
     return "whole" if good else "bad"
 
 
-def main(url: str, sha256: str, rounds: int) -> None:
-    """One round that is left alone gives the time within which the others are killed."""
+def main(url: str, sha256: str) -> None:
+    """One child for each moment."""
     torch.set_num_threads(1)
     assert lora_file.check_lora_file is not None
     from runpod.serverless.utils import rp_ssrf
 
     assert rp_ssrf.safe_get is not None
     path = download_weights.get_lora_cache_path(url)
-    started = time.monotonic()
-    _, status = os.waitpid(child(url), 0)
-    duration = time.monotonic() - started
-    seen = Counter({f"first {look(path, sha256)}": 1})
-    generator = random.Random(0)
-    for _ in range(rounds):
-        pid = child(url)
-        time.sleep(generator.uniform(0, 1.1 * duration))
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        seen[look(path, sha256)] += 1
-    sys.stdout.write(
-        json.dumps({**seen, "status": status, "partials": len(list((path.parent / ".partial").iterdir()))}) + "\n"
-    )
+    left: list[str] = []
+    status = -1
+    while status != 0 and len(left) < MOST_MOMENTS:
+        status = download_until(url, str(path.parent), len(left) + 1)
+        assert status in (0, signal.SIGKILL), status
+        left.append(look(path, sha256))
+    partials = len(list((path.parent / ".partial").iterdir()))
+    sys.stdout.write(json.dumps({"left": left, "status": status, "partials": partials}) + "\n")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    main(*sys.argv[1:])
