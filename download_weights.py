@@ -6,6 +6,9 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TextIO
+
+from tqdm import tqdm
 
 from sdxl_worker.assets.asset_file import AssetFile
 from sdxl_worker.assets.eviction import list_cache, verify
@@ -14,7 +17,7 @@ from sdxl_worker.assets.store import AssetStore
 from sdxl_worker.errors import WorkerError
 from sdxl_worker.generate.base_model import find_base_model, find_vae
 from sdxl_worker.kinds import LORA
-from sdxl_worker.logs import quiet_http_libraries
+from sdxl_worker.logs import masked
 from sdxl_worker.masking import mask
 from sdxl_worker.settings import Settings
 
@@ -55,13 +58,49 @@ def download_loras(
     return AssetStore(settings or Settings.from_environment()).get_all(sources, LORA, on_progress, should_stop)
 
 
+class _Formatter(logging.Formatter):
+    """Level and message, with secrets and the queries of URLs masked: they may end in the log of an image build."""
+
+    def __init__(self, secrets: Sequence[str]) -> None:
+        super().__init__("%(levelname)s: %(message)s")
+        self._secrets = tuple(secrets)
+
+    def format(self, record: logging.LogRecord) -> str:
+        return masked(super().format(record), self._secrets)
+
+
+class _Handler(logging.StreamHandler[TextIO]):
+    """Writes lines between the bars of the same terminal, not into them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with tqdm.external_write_mode(file=self.stream):
+            super().emit(record)
+
+
+def _configure_logging(secrets: Sequence[str]) -> None:
+    """Log to standard error: this project's own lines from INFO on, those of libraries from WARNING on."""
+    handler = _Handler(sys.stderr)
+    handler.setFormatter(_Formatter(secrets))
+    handler.addFilter(lambda record: record.levelno >= logging.WARNING or record.name.startswith("sdxl_worker"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+
+
+def _take_over_hub_log() -> None:
+    """The Hub client writes lines of its own, with signed addresses in them; leave them to our handler."""
+    from huggingface_hub.utils import logging as hub_logging
+
+    hub_logging.get_logger().handlers.clear()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; the exit status is 0 when everything asked for worked, else 1."""
-    options = _parser().parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s", stream=sys.stderr)
-    quiet_http_libraries()
+    """The command line; the exit status is 0 when everything asked for worked, else 1; a usage error exits with 2."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.inspect and not options.lora:
+        parser.error("--inspect goes with --lora REFERENCE")
     try:
         settings = Settings.from_environment()
+        _configure_logging(settings.secrets)
         return next(act for name, act in _ACTIONS if getattr(options, name))(options, settings)
     except WorkerError as error:
         sys.stderr.write(f"error: {error.code}: {error}\n")
@@ -72,13 +111,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1
 
 
+_DESCRIPTION = """\
+Without options: download the base model (MODEL_ID) and the VAE (VAE_ID), as the image build does.
+With --lora, --list, --prune or --verify: fill, show or tend the LoRA cache (LORA_CACHE_DIR)."""
+
+_EPILOG = """\
+a REFERENCE is
+  a URL                  https://example.com/my-lora.safetensors
+  a Hugging Face repo    user/repo, user/repo@revision, user/repo/file.safetensors
+  on Civitai             a link, civitai:ID@VERSION, urn:air:sdxl:lora:civitai:ID@VERSION
+  a file in the cache    my-lora.safetensors
+
+examples
+  python download_weights.py
+  MODEL_ID=SG161222/RealVisXL_V5.0 python download_weights.py
+  LORA_CACHE_DIR=.cache/loras python download_weights.py --lora user/repo civitai:12345@67890
+  LORA_CACHE_DIR=.cache/loras python download_weights.py --lora user/repo --inspect
+
+environment: MODEL_ID, VAE_ID, LORA_CACHE_DIR, LORA_CACHE_MAX_GB, LORA_MAX_MB, DOWNLOAD_TIMEOUT;
+HF_TOKEN and CIVITAI_API_TOKEN open private and gated files. README.md lists them all.
+
+exit status: 0 when everything asked for worked, 1 when something failed (standard error says
+what, with the code of README's error table), 2 when the options make no sense."""
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Without options: download the base model (MODEL_ID) and the VAE (VAE_ID), as the image build "
-        "does. With one of the options below: fill, show or tend the LoRA cache (LORA_CACHE_DIR).",
-        epilog="A REFERENCE is a URL, a Hugging Face repo (user/repo, user/repo@revision, user/repo/file.safetensors), "
-        "a Civitai link, civitai:ID@VERSION, an AIR urn, or the name of a file in the cache. "
-        "HF_TOKEN and CIVITAI_API_TOKEN open private ones.",
+        description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--lora", metavar="REFERENCE", nargs="+", help="put LoRAs into the cache and print their facts")
@@ -93,8 +152,6 @@ def _parser() -> argparse.ArgumentParser:
 
 @contextlib.contextmanager
 def _progress_bar(name: str) -> Iterator[Callable[[int, int | None], None]]:
-    from tqdm import tqdm
-
     # disable=None: only where somebody is looking.
     with tqdm(desc=name, unit="B", unit_scale=True, disable=None, leave=False) as bar:
 
@@ -106,6 +163,7 @@ def _progress_bar(name: str) -> Iterator[Callable[[int, int | None], None]]:
 
 
 def _get_loras(options: argparse.Namespace, settings: Settings) -> int:
+    _take_over_hub_log()
     AssetStore(settings).prepare(LORA)
     loras = []
     for reference in options.lora:
@@ -146,9 +204,13 @@ def _verify(options: argparse.Namespace, settings: Settings) -> int:
 
 
 def _get_base_model(options: argparse.Namespace, settings: Settings) -> int:
+    _take_over_hub_log()
     with _progress_bar(mask(settings.model_id)) as update:
         model = find_base_model(settings, on_progress=update)
-    vae = find_vae(settings) if model.allow_vae_override else None
+    vae = None
+    if model.allow_vae_override:
+        with _progress_bar(mask(settings.vae_id)) as update:
+            vae = find_vae(settings, on_progress=update)
     facts = {
         "model": model.name,
         "kind": model.kind,

@@ -117,6 +117,17 @@ def test_a_variable_that_cannot_be_read_is_named(
     assert "LORA_MAX_MB" in err
 
 
+@pytest.mark.parametrize("others", [[], ["--list"], ["--json"]], ids=" ".join)
+def test_inspect_without_a_lora_is_a_usage_error(
+    server: FileServer, capsys: pytest.CaptureFixture[str], others: list[str]
+):
+    with pytest.raises(SystemExit) as stop:
+        download_weights.main(["--inspect", *others])
+    assert stop.value.code == 2
+    assert "--inspect goes with --lora" in capsys.readouterr().err
+    assert server.requests == []
+
+
 def test_help_is_quick_and_imports_nothing_heavy():
     code = (
         "import sys, download_weights\n"

@@ -14,6 +14,7 @@ from sdxl_worker.assets.sources.hub import HubReference
 from sdxl_worker.assets.store import AssetStore
 from sdxl_worker.errors import FetchError, ModelUnavailable
 from sdxl_worker.generate.checkpoint import find_checkpoint
+from sdxl_worker.generate.repo_progress import reporting_bar
 from sdxl_worker.kinds import CHECKPOINT
 from sdxl_worker.settings import Settings
 
@@ -74,13 +75,15 @@ def find_base_model(
         return BaseModel("file", local, local.name, allow_vae_override=True)
     reference = _parse(model_id, settings)
     if isinstance(reference, HubReference) and not reference.path:
-        path = _find_repo(reference, "model_index.json", settings, runpod_cache, "MODEL_ID")
+        path = _find_repo(reference, "model_index.json", settings, runpod_cache, "MODEL_ID", on_progress)
         return BaseModel("folder", path, reference.shown, allow_vae_override=True)
     path = find_checkpoint(model_id, AssetStore(settings), on_progress)
     return BaseModel("file", path, reference.shown, allow_vae_override=True)
 
 
-def find_vae(settings: Settings, *, runpod_cache: Path = RUNPOD_CACHE) -> Path | None:
+def find_vae(
+    settings: Settings, *, runpod_cache: Path = RUNPOD_CACHE, on_progress: Callable[..., None] | None = None
+) -> Path | None:
     """The folder of VAE_ID's VAE, found or downloaded like a base model; None when VAE_ID is empty.
 
     Raises ModelUnavailable.
@@ -96,7 +99,7 @@ def find_vae(settings: Settings, *, runpod_cache: Path = RUNPOD_CACHE) -> Path |
         reference = None
     if not isinstance(reference, HubReference) or reference.path:
         raise ModelUnavailable("VAE_ID is neither a folder nor a Hub repo id; set it, or set it to empty")
-    return _find_repo(reference, "config.json", settings, runpod_cache, "VAE_ID")
+    return _find_repo(reference, "config.json", settings, runpod_cache, "VAE_ID", on_progress)
 
 
 def _parse(model_id: str, settings: Settings) -> Reference:
@@ -108,13 +111,20 @@ def _parse(model_id: str, settings: Settings) -> Reference:
         ) from None
 
 
-def _find_repo(reference: HubReference, index: str, settings: Settings, runpod_cache: Path, variable: str) -> Path:
+def _find_repo(
+    reference: HubReference,
+    index: str,
+    settings: Settings,
+    runpod_cache: Path,
+    variable: str,
+    on_progress: Callable[..., None] | None,
+) -> Path:
     for cache in (runpod_cache, None):
         found = cached_snapshot(reference, index, cache)
         if found is not None:
             return found
     logger.warning("%s is on no local disk; downloading it", reference.shown)
-    return _download_repo(reference, settings, variable)
+    return _download_repo(reference, settings, variable, on_progress or (lambda *_: None))
 
 
 def cached_snapshot(reference: HubReference, index: str, cache: Path | None) -> Path | None:
@@ -166,17 +176,26 @@ def _weights(files: list[str]) -> list[str]:
     return []
 
 
-def _download_repo(reference: HubReference, settings: Settings, variable: str) -> Path:
-    from huggingface_hub import HfApi, get_token
+def _download_repo(
+    reference: HubReference, settings: Settings, variable: str, on_progress: Callable[..., None]
+) -> Path:
+    from huggingface_hub import HfApi, get_token, try_to_load_from_cache
 
     endpoint = settings.hf_endpoint.rstrip("/")
     api = HfApi(endpoint=endpoint, token=settings.hf_token or get_token() or False)
 
     def download() -> Path:
-        info = api.model_info(reference.repo, revision=reference.revision)
-        names = needed_files([file.rfilename for file in info.siblings or []])
+        info = api.model_info(reference.repo, revision=reference.revision, files_metadata=True)
+        sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
+        names = needed_files(list(sizes))
+        here = [
+            name for name in names if isinstance(try_to_load_from_cache(reference.repo, name, revision=info.sha), str)
+        ]
+        bar = reporting_bar(on_progress, sum(sizes[name] for name in here), sum(sizes[name] for name in names))
         # By branch name, so that the cache notes which commit the branch is at.
-        folder = api.snapshot_download(reference.repo, revision=reference.revision, allow_patterns=names)
+        folder = api.snapshot_download(
+            reference.repo, revision=reference.revision, allow_patterns=names, tqdm_class=bar
+        )
         return Path(folder)
 
     folder = _with_retries(download, reference, variable)

@@ -82,7 +82,7 @@ class Hub:
             info = {
                 "id": name,
                 "sha": repo.commit,
-                "siblings": [{"rfilename": file} for file in repo.files],
+                "siblings": [{"rfilename": file, "size": len(content)} for file, content in repo.files.items()],
                 "private": False,
                 "downloads": 0,
                 "likes": 0,
