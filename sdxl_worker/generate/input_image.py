@@ -6,7 +6,7 @@ from PIL.Image import Image
 
 from sdxl_worker.assets.store import AssetStore
 from sdxl_worker.errors import FetchError
-from sdxl_worker.generate.images import read_input_image
+from sdxl_worker.generate.decode import read_input_image
 from sdxl_worker.job_run import JobRun
 from sdxl_worker.kinds import PICTURE
 
@@ -22,4 +22,4 @@ def fetch_input_image(url: str, assets: AssetStore, run: JobRun) -> Image:
                 data = assets.read(url, PICTURE, run.should_stop)
             except FetchError as error:
                 raise type(error)(f"image_url cannot be read: {error}") from error
-        return read_input_image(data)
+        return read_input_image(data, run.check_stop)
