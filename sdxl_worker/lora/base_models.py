@@ -13,19 +13,37 @@ UNKNOWN = "unknown"
 
 Shapes = Mapping[str, Sequence[int]]
 
-# Names only one family of models has, in the styles of diffusers, kohya and the model's own repository.
-_FOREIGN_PATTERNS = (
-    (r"single_transformer_blocks?[._]|double_blocks[._]|single_blocks[._]|double_stream_modulation", "Flux"),
-    (r"joint_blocks[._]|context_block[._]", "Stable Diffusion 3"),
-    (r"transformer_blocks[._]\d+[._](?:img|txt)_(?:mlp|mod)", "Qwen-Image"),
-    (r"transformer[._]transformer_blocks[._]\d+[._](?:attn[._]add_|ff_context|norm1_context)", "Stable Diffusion 3"),
-    (r"(?:noise|context)_refiner[._]\d|adaLN_modulation|feed_forward[._]w[123]", "Lumina or Z-Image"),
-    (r"(?:^|[._])blocks[._]\d+[._](?:cross_attn|self_attn|ffn)[._]", "Wan"),
-    (r"lora_te3_|text_encoder_3[._]|t5xxl", "Stable Diffusion 3"),
-    (r"lora_prior_|prior_unet|effnet", "Stable Cascade"),
-    (r"caption_projection|adaln_single", "PixArt"),
+_BLOCKS = r"(?:^|[._])blocks[._]\d+[._]"
+_JOINT_ATTENTION = r"transformer_blocks[._](\d+)[._]attn[._](?:add_[qkv]_proj|to_[qkv]$)"
+# Parts of names that only one family of models has, in the styles of diffusers, kohya and the model's own repository.
+# Where a file has several, the first family here that occurs in it counts.
+_FOREIGN = tuple(
+    (family, re.compile(pattern))
+    for family, pattern in (
+        ("HiDream", r"(?:double|single)_stream_blocks[._]"),
+        ("AuraFlow", r"joint_transformer_blocks[._]"),
+        ("Flux", r"single_transformer_blocks?[._]|double_blocks[._]|single_blocks[._]|double_stream_modulation"),
+        ("Stable Diffusion 3", r"joint_blocks[._]|context_block[._]|lora_te3_|text_encoder_3[._]|t5xxl"),
+        ("Qwen-Image", r"transformer_blocks[._]\d+[._](?:img|txt)_(?:mlp|mod)"),
+        (
+            "Krea 2",
+            rf"{_BLOCKS}(?:attn[._]w[qkvo]|mlp[._](?:gate|up|down))(?![a-z])|txt_?fusion|text_fusion"
+            r"|transformer_blocks[._]\d+[._](?:attn[._]to_gate|ff[._](?:gate|up|down))(?![a-z_])",
+        ),
+        (
+            "Anima or Cosmos-Predict2",
+            rf"{_BLOCKS}(?:(?:cross|self)_attn[._](?:[qkv]|output)_proj|mlp[._]layer[12]|adaln_modulation_)|llm_adapter",
+        ),
+        ("Lumina or Z-Image", r"(?:noise|context)_refiner[._]\d|adaLN_modulation|feed_forward[._]w[123]"),
+        ("Wan", rf"{_BLOCKS}(?:cross_attn|self_attn|ffn)[._]"),
+        ("Stable Cascade", r"lora_prior_|prior_unet|effnet"),
+        ("PixArt", r"caption_projection|adaln_single"),
+    )
 )
-_FOREIGN_NAMES = tuple((re.compile(pattern), name) for pattern, name in _FOREIGN_PATTERNS)
+_ANY_FOREIGN = re.compile("|".join(pattern.pattern for _, pattern in _FOREIGN))
+# Families that share diffusers' names for joint attention, by its width.
+_JOINT_WIDTHS = {1536: "Stable Diffusion 3", 2432: "Stable Diffusion 3", 6144: "Krea 2"}
+_FLUX_DOUBLE_BLOCKS = 19
 
 # Width of the text states that the UNet's cross-attention reads.
 _CROSS_ATTENTION_WIDTHS = {
@@ -54,11 +72,30 @@ _METADATA_FIELDS = ("modelspec.architecture", "ss_base_model_version", "ss_sd_mo
 
 def detect_base_model(keys: FileKeys, shapes: Shapes, metadata: Mapping[str, str]) -> str:
     """A base model's name as people call it, or `unknown`. `shapes`: tensor name -> shape, for the whole file."""
-    for name in (*keys.unknown, *keys.modules):
-        for pattern, model in _FOREIGN_NAMES:
-            if pattern.search(name):
-                return model
-    return _from_modules(keys, shapes) or _from_metadata(metadata) or UNKNOWN
+    foreign = foreign_model((*keys.unknown, *keys.modules)) or _from_joint_attention(keys, shapes)
+    return foreign or _from_modules(keys, shapes) or _from_metadata(metadata) or UNKNOWN
+
+
+def foreign_model(names: Iterable[str]) -> str | None:
+    """The model other than SDXL that names of tensors or modules give away, or None."""
+    telling = [name for name in names if _ANY_FOREIGN.search(name)]
+    return next((family for family, pattern in _FOREIGN if _any(pattern, telling)), None)
+
+
+def _from_joint_attention(keys: FileKeys, shapes: Shapes) -> str | None:
+    """The family of a diffusion transformer of which nothing but its attention was trained."""
+    found = {module: match for module in keys.modules if (match := re.search(_JOINT_ATTENTION, module))}
+    widths = {_width(keys.modules[module], shapes) for module in found}
+    if 3072 in widths:
+        if _any(re.compile("ff_context|norm1_context"), keys.modules):
+            return "Flux"
+        many = any(int(match[1]) >= _FLUX_DOUBLE_BLOCKS for match in found.values())
+        return "Qwen-Image" if many else "Qwen-Image or Flux"
+    return next((family for width, family in _JOINT_WIDTHS.items() if width in widths), None)
+
+
+def _width(roles: Mapping[str, str], shapes: Shapes) -> int | None:
+    return input_width({role: shapes[key] for role, key in roles.items()})
 
 
 def _from_modules(keys: FileKeys, shapes: Shapes) -> str | None:
@@ -66,11 +103,11 @@ def _from_modules(keys: FileKeys, shapes: Shapes) -> str | None:
     aliases = [alias for _, component, alias in located if component == UNET]
     for module, component, alias in located:
         if component == UNET and re.search(r"attn2_to_[kv]$", alias):
-            width = input_width({role: shapes[key] for role, key in keys.modules[module].items()})
+            width = _width(keys.modules[module], shapes)
             if width in _CROSS_ATTENTION_WIDTHS:
                 return _CROSS_ATTENTION_WIDTHS[width]
     # Only SD 1 and 2 have one text encoder, which kohya then calls `te` without a number.
-    single_encoder = [module for module in keys.modules if module.startswith("lora_te_")]
+    single_encoder = [module for module in keys.modules if module.startswith("lora_te_text_model_")]
     if single_encoder or _any(_OLD_UNET, aliases):
         wide = any(1024 in shapes[key] for module in single_encoder for key in keys.modules[module].values())
         return "Stable Diffusion 2" if wide else "Stable Diffusion 1.5"

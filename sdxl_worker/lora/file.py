@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdxl_worker.assets.safetensors_file import Header, read_header, read_tensors, stream_tensors, view_tensors
 from sdxl_worker.errors import BadFile, LoraIncompatible
-from sdxl_worker.lora.base_models import UNKNOWN, detect_base_model
+from sdxl_worker.lora.base_models import UNKNOWN, detect_base_model, foreign_model
 from sdxl_worker.lora.formats import ALPHA, format_name, rank_of
 from sdxl_worker.lora.keys import FileKeys, sort_keys
 from sdxl_worker.lora.metadata import describe
@@ -67,6 +67,11 @@ class LoraContent:
     tensors: dict[str, torch.Tensor]
 
 
+def made_for(model: str) -> LoraIncompatible:
+    """The error for a LoRA of another base model."""
+    return LoraIncompatible(f"this LoRA is for {model}; this worker runs SDXL")
+
+
 def check_lora_file(path: Path) -> LoraFacts:
     """All that can be checked without the base model: header, names, and that every value is a sane number.
 
@@ -116,6 +121,9 @@ def _sorted_keys(header: Header) -> FileKeys:
     if keys.roles == {ALPHA}:
         raise LoraIncompatible(f"the file's {len(header.entries)} tensors are alpha values without any weights")
     if not keys.modules:
+        named = [name for name in keys.unknown if "lora" in name]
+        if named and (model := foreign_model(named)):
+            raise made_for(model)
         kind = "an embedding" if keys.embeddings else "a checkpoint or something else"
         raise LoraIncompatible(f"none of the file's {len(header.entries)} tensors belongs to a LoRA; it may be {kind}")
     return keys

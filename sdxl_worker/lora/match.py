@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from sdxl_worker.errors import LoraIncompatible
 from sdxl_worker.lora.base_models import SDXL, UNKNOWN
-from sdxl_worker.lora.file import LoraContent
+from sdxl_worker.lora.file import LoraContent, made_for
 from sdxl_worker.lora.formats import rank_of
 from sdxl_worker.lora.formats.format import Change
 from sdxl_worker.lora.keys import TEXT_ENCODER, ResidentModules, alias_of, split_module
@@ -42,7 +42,7 @@ def match_lora(content: LoraContent, resident: ResidentModules) -> Matched:
     """
     base_model = content.facts.base_model
     if base_model not in (SDXL, UNKNOWN):
-        raise LoraIncompatible(f"this LoRA is for {base_model}; this worker runs SDXL")
+        raise made_for(base_model)
     places, missing = _find_places(content, resident)
     _check_matches(content, places, missing, resident)
     if base_model == UNKNOWN and all(place.component == TEXT_ENCODER for place in places):

@@ -1,4 +1,4 @@
-"""The base model is told from names and shapes first, and from metadata second."""
+"""The base model is told from names and shapes first, and from metadata second; names as real files have them."""
 
 from __future__ import annotations
 
@@ -41,6 +41,92 @@ CASES = {
     ),
     "SD3, kohya": ("Stable Diffusion 3", {"lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight": (8, 1536)}),
     "Wan": ("Wan", {"diffusion_model.blocks.0.cross_attn.k.lora_A.weight": (8, 5120)}),
+    "SD3, kohya, another width": (
+        "Stable Diffusion 3",
+        {"lora_unet_transformer_blocks_3_attn_to_q.lora_down.weight": (8, 2432)},
+    ),
+    "Flux, XLabs": (
+        "Flux",
+        {
+            "double_blocks.0.processor.proj_lora1.down.weight": (16, 3072),
+            "double_blocks.0.processor.qkv_lora1.down.weight": (16, 3072),
+            "double_blocks.0.processor.qkv_lora1.up.weight": (9216, 16),
+        },
+    ),
+    "Flux, double blocks only": (
+        "Flux",
+        {
+            "transformer.transformer_blocks.0.attn.to_q.lora_A.weight": (16, 3072),
+            "transformer.transformer_blocks.0.ff_context.net.0.proj.lora_A.weight": (16, 3072),
+        },
+    ),
+    "Anima, kohya": (
+        "Anima or Cosmos-Predict2",
+        {
+            "lora_unet_blocks_0_cross_attn_k_proj.lora_down.weight": (8, 1024),
+            "lora_unet_blocks_0_mlp_layer1.lora_down.weight": (8, 2048),
+            "lora_te_layers_0_self_attn_q_proj.lora_down.weight": (8, 1024),
+        },
+    ),
+    "Anima, the text encoder first": (
+        "Anima or Cosmos-Predict2",
+        {
+            "lora_te_layers_0_self_attn_q_proj.lora_down.weight": (8, 1024),
+            "lora_unet_llm_adapter_blocks_0_cross_attn_q_proj.lora_down.weight": (8, 1024),
+        },
+    ),
+    "Anima, PEFT": (
+        "Anima or Cosmos-Predict2",
+        {
+            "diffusion_model.blocks.0.self_attn.q_proj.lora_A.weight": (8, 2048),
+            "diffusion_model.blocks.0.cross_attn.v_proj.lora_A.weight": (8, 2048),
+        },
+    ),
+    "Anima, LoKr": ("Anima or Cosmos-Predict2", {"diffusion_model.blocks.0.cross_attn.k_proj.lokr_w1": (2048, 8)}),
+    "Krea 2, kohya": (
+        "Krea 2",
+        {
+            "lora_unet_blocks_0_attn_wk.lora_down.weight": (32, 6144),
+            "lora_unet_txtfusion_layerwise_blocks_0_attn_wq.lora_down.weight": (32, 2560),
+        },
+    ),
+    "Krea 2, PEFT": ("Krea 2", {"base_model.model.blocks.0.mlp.gate.lora_A.weight": (32, 6144)}),
+    "Krea 2, diffusers": (
+        "Krea 2",
+        {
+            "transformer.transformer_blocks.0.attn.to_q.lora_A.weight": (32, 6144),
+            "transformer.transformer_blocks.0.ff.gate.lora_A.weight": (32, 6144),
+        },
+    ),
+    "Krea 2, diffusers, attention only": (
+        "Krea 2",
+        {"transformer.transformer_blocks.0.attn.to_q.lora_A.default.weight": (32, 6144)},
+    ),
+    "Qwen-Image, diffusers": (
+        "Qwen-Image",
+        {
+            "transformer_blocks.0.attn.add_k_proj.lora_A.default.weight": (16, 3072),
+            "transformer_blocks.0.img_mlp.net.2.lora_A.default.weight": (16, 12288),
+        },
+    ),
+    "Qwen-Image, diffusers, attention only": (
+        "Qwen-Image",
+        {
+            "transformer.transformer_blocks.0.attn.add_q_proj.lora_A.weight": (64, 3072),
+            "transformer.transformer_blocks.59.attn.to_k.lora_A.weight": (64, 3072),
+        },
+    ),
+    "Qwen-Image, attention of the first blocks": (
+        "Qwen-Image or Flux",
+        {"transformer_blocks.0.attn.to_k.lora_down.weight": (64, 3072)},
+    ),
+    "Qwen-Image, kohya": (
+        "Qwen-Image",
+        {
+            "lora_unet_transformer_blocks_0_attn_add_k_proj.lora_down.weight": (16, 3072),
+            "lora_unet_transformer_blocks_0_txt_mlp_net_2.lora_down.weight": (16, 12288),
+        },
+    ),
     "half SDXL, half Flux": (
         "Flux",
         {

@@ -34,6 +34,16 @@ def test_another_base_model_is_named(engine, pipeline, good, tmp_path: Path):
     _refused(engine, pipeline, save(tmp_path / "half.safetensors", good | flux), message)
 
 
+def test_names_without_a_known_end_are_told_too(engine, pipeline, tmp_path: Path):
+    """XLabs' Flux LoRAs write `qkv_lora1.down`, ComfyUI's for Krea 2 leave `.weight` out."""
+    xlabs = {"double_blocks.0.processor.qkv_lora1.down.weight": torch.ones(2, 8)}
+    _refused(engine, pipeline, save(tmp_path / "a.safetensors", xlabs), "this LoRA is for Flux")
+    krea = {"diffusion_model.blocks.0.attn.wq.lora_A": torch.ones(2, 8)}
+    _refused(engine, pipeline, save(tmp_path / "b.safetensors", krea), "this LoRA is for Krea 2")
+    checkpoint = {"double_blocks.0.img_attn.qkv.weight": torch.ones(2, 8)}
+    _refused(engine, pipeline, save(tmp_path / "c.safetensors", checkpoint), "it may be a checkpoint")
+
+
 def test_a_text_encoder_that_sd15_shares_needs_a_word_of_sdxl(engine, pipeline, tmp_path: Path):
     module = "encoder.layers.0.self_attn.q_proj"
     tensors, _ = lora(pipeline.text_encoder.get_submodule(module).weight)
