@@ -8,6 +8,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from PIL.Image import Image
 
 from sdxl_worker.assets.store import AssetStore
 from sdxl_worker.errors import Cancelled, ModelUnavailable, OutOfMemory
+from sdxl_worker.generate.base_model import find_base_model
 from sdxl_worker.generate.input_image import fetch_input_image
 from sdxl_worker.job_run import Denoising, JobRun, NoProgress, Progress
 from sdxl_worker.kinds import LORA
@@ -56,6 +58,7 @@ class Worker:
         self.saved: list[Path] = []
         self._lock = threading.RLock()
         self._pipeline: StableDiffusionXLPipeline | None = None
+        self._model_hash: Future[str] | None = None
         self._engines: weakref.WeakKeyDictionary[Any, LoraEngine] = weakref.WeakKeyDictionary()
 
     @property
@@ -64,8 +67,10 @@ class Worker:
         with self._lock:
             if self._pipeline is None:
                 from sdxl_worker.generate.load import load_pipeline
+                from sdxl_worker.generate.model_hash import start_hashing
 
                 self._pipeline = load_pipeline(self.settings)
+                self._model_hash = start_hashing(find_base_model(self.settings), self._pipeline)
             return self._pipeline
 
     def engine_of(self, pipeline: StableDiffusionXLPipeline) -> LoraEngine:
@@ -214,7 +219,8 @@ class Worker:
         warnings += [line for lora, done in pairs for line in lora.warnings(done)]
         limit = self.answer_limit(run.job_id)
         room = None if limit is None else limit - json_size({**answer, "warnings": warnings})
-        delivered = deliver(pictures, request, [lora.used for lora in ready], run, self.settings, self.mode, room)
+        used, model_hash = [lora.used for lora in ready], self._model_hash.result() if self._model_hash else ""
+        delivered = deliver(pictures, request, used, run, self.settings, self.mode, room, model_hash)
         self.saved += delivered.saved
         answer |= {"images": delivered.images, "image_url": delivered.images[0]}
         warnings += delivered.warnings

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from sdxl_worker.errors import ModelUnavailable, RestoreFailed
 from sdxl_worker.generate.render import render
@@ -316,6 +317,14 @@ def test_the_log_line_has_the_stages(worker, caplog):
     stages = (*before, "denoising", "restoring", "encoding", "last_update")
     assert set(facts["ms"]) == {*stages, "total"}
     assert sum(facts["ms"][stage] for stage in stages) <= facts["ms"]["total"] + 1
+
+
+def test_the_pictures_text_names_the_model_by_its_hash(tmp_path):
+    worker = Worker(Settings(model_id="tiny", lora_cache_dir=tmp_path))
+    text = picture(worker.run(job())).info["parameters"]
+    save_file(worker.pipeline.unet.state_dict(), tmp_path / "unet.safetensors")
+    expected = hashlib.sha256((tmp_path / "unet.safetensors").read_bytes()).hexdigest()[:10]
+    assert f"Model hash: {expected}, Model: tiny" in text
 
 
 def test_progress_goes_to_runpod_in_production_only(worker):

@@ -40,6 +40,7 @@ def deliver(
     settings: Settings,
     mode: Mode,
     room: int | None,
+    model_hash: str = "",
 ) -> Delivered:
     """The pictures where the caller will look for them; raises UploadError.
 
@@ -49,7 +50,10 @@ def deliver(
     """
     to_bucket = bucket_is_configured(settings)
     with run.stage("encoding"):
-        encoded, warnings = _encode(pictures, request, used, settings.model_id, None if to_bucket else room)
+        texts = [
+            infotext(request, index, settings.model_id, used, model_hash=model_hash) for index in range(len(pictures))
+        ]
+        encoded, warnings = _encode(pictures, request, texts, None if to_bucket else room)
     saved = save_locally(encoded, LOCAL_OUTPUT, run.job_id) if mode is Mode.LOCAL else []
     if to_bucket:
         with run.stage("uploading"):
@@ -62,9 +66,8 @@ def deliver(
 
 
 def _encode(
-    pictures: Sequence[Image], request: GenerationRequest, used: Sequence[UsedLora], model_id: str, room: int | None
+    pictures: Sequence[Image], request: GenerationRequest, texts: Sequence[str], room: int | None
 ) -> tuple[list[EncodedImage], list[str]]:
-    texts = [infotext(request, index, model_id, used) for index in range(len(pictures))]
     for format_name, quality in _candidates(request):
         encoded = [
             encode(picture, image_seed(request, index), texts[index], format_name, quality)
