@@ -5,6 +5,7 @@
 #   docker build --build-arg BAKE_MODEL=0 -t my-sdxl-worker .                 no weights: they come from RunPod's model
 #                                                                             cache, or are downloaded at the first start
 #   docker build --secret id=HF_TOKEN,env=HF_TOKEN ...                        a gated or private model
+#   docker build --secret id=CIVITAI_API_TOKEN,env=CIVITAI_API_TOKEN ...      one that Civitai keeps for its members
 
 # The torch wheel that requirements.txt pins is built for CUDA 13.0 and brings its CUDA libraries along (cuda-toolkit
 # 13.0.3 in its metadata), so the small "base" image is enough. A CUDA 13.x program runs on any driver of the 13.x
@@ -32,19 +33,27 @@ RUN pip install --no-cache-dir --disable-pip-version-check -r requirements.txt
 # one; where there is none the worker creates the target on the container disk when it starts.
 RUN ln -s /runpod-volume/models /models
 
-# What fetches the weights comes before the rest: an edit of the handler does not download them again. VAE_ID is not
-# set here: where it is set, the worker uses it for local model folders too, which bring a VAE of their own.
+# The weights come before the rest of the code: only an edit of the modules that fetch them fetches them again.
+# tests/test_docker_layout.py runs the download on exactly these files. VAE_ID is not set here: where it is set, the
+# worker uses it for local model folders too, which bring a VAE of their own.
 ARG BAKE_MODEL=1
 ARG MODEL_ID=stabilityai/stable-diffusion-xl-base-1.0
 ENV MODEL_ID=$MODEL_ID
-COPY sdxl_worker ./sdxl_worker
+COPY sdxl_worker/__init__.py sdxl_worker/checks.py sdxl_worker/errors.py sdxl_worker/kinds.py sdxl_worker/logs.py \
+     sdxl_worker/masking.py sdxl_worker/settings.py sdxl_worker/text.py ./sdxl_worker/
+COPY sdxl_worker/assets ./sdxl_worker/assets
+COPY sdxl_worker/generate/__init__.py sdxl_worker/generate/base_model.py sdxl_worker/generate/checkpoint.py \
+     sdxl_worker/generate/repo_progress.py ./sdxl_worker/generate/
 COPY download_weights.py ./
-RUN --mount=type=secret,id=HF_TOKEN,required=false \
+RUN --mount=type=secret,id=HF_TOKEN,required=false --mount=type=secret,id=CIVITAI_API_TOKEN,required=false \
     if [ "$BAKE_MODEL" = 1 ]; then \
-        if [ -f /run/secrets/HF_TOKEN ]; then HF_TOKEN="$(cat /run/secrets/HF_TOKEN)" && export HF_TOKEN; fi; \
+        for name in HF_TOKEN CIVITAI_API_TOKEN; do \
+            if [ -f "/run/secrets/$name" ]; then export "$name=$(cat "/run/secrets/$name")"; fi; \
+        done; \
         python download_weights.py; \
     fi
 
+COPY sdxl_worker ./sdxl_worker
 COPY handler.py schemas.py test_input.json test_input_with_lora.json ./
 
 # The exec form: the worker gets RunPod's SIGTERM itself, and can finish its job.

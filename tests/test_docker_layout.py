@@ -10,8 +10,13 @@ import subprocess
 import sys
 from pathlib import Path, PurePosixPath
 
+import numpy
 import pytest
+from safetensors.numpy import save
 
+from tests.support import http_server as on
+from tests.support.http_server import FileServer
+from tests.support.hub_server import Hub, Repo
 from tests.support.readme import ROOT, readme_table, unquoted
 
 JOB = {
@@ -37,10 +42,17 @@ def arguments_of(keyword: str) -> list[str]:
     return [arguments for name, arguments in instructions() if name == keyword]
 
 
-def copies() -> list[tuple[str, str]]:
-    """(source, target) of each COPY from the build context; a target that ends with / is a folder."""
+def copies(before: str = "") -> list[tuple[str, str]]:
+    """(source, target) of each COPY from the build context; a target that ends with / is a folder.
+
+    With `before`: of those in front of the instruction that has this word.
+    """
     pairs = []
-    for arguments in arguments_of("COPY"):
+    for name, arguments in instructions():
+        if before and before in arguments and name == "RUN":
+            break
+        if name != "COPY":
+            continue
         *sources, target = [word for word in shlex.split(arguments) if not word.startswith("--")]
         pairs += [(source, target) for source in sources]
     return pairs
@@ -65,12 +77,12 @@ def is_ignored(path: str) -> bool:
     return ignored
 
 
-def copy_build_context(target: Path) -> None:
+def copy_build_context(target: Path, before: str = "") -> None:
     """What `docker build` would put into its working folder, and nothing else."""
-    for source, place in copies():
+    for source, place in copies(before):
         origin, folder = ROOT / source, target / place
         if origin.is_dir():
-            shutil.copytree(origin, folder, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(origin, folder, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
         else:
             folder.mkdir(parents=True, exist_ok=True)
             shutil.copy(origin, folder)
@@ -115,13 +127,65 @@ def test_weights_are_baked_unless_a_build_argument_says_no() -> None:
     assert "BAKE_MODEL=1" in arguments_of("ARG")
     (bake,) = [run for run in arguments_of("RUN") if "download_weights.py" in run]
     assert re.search(r'if \[ "\$BAKE_MODEL" = 1 \]; then .*python download_weights\.py; +fi$', bake)
-    assert "/run/secrets/HF_TOKEN" in bake, "a token given as build argument would stay in the image"
+    for token in ("HF_TOKEN", "CIVITAI_API_TOKEN"):
+        assert f"--mount=type=secret,id={token},required=false" in bake, "a build argument would stay in the image"
+        assert not any(token in arguments for name, arguments in instructions() if name in ("ARG", "ENV"))
     assert environment()["MODEL_ID"] == "$MODEL_ID", "what is baked is what is served"
 
 
 def test_the_worker_gets_the_stop_signal_itself() -> None:
     (command,) = arguments_of("CMD")
     assert json.loads(command) == ["python", "-u", "handler.py"]
+
+
+def run_the_bake_step(folder: Path, **environment: str) -> str:
+    """Run the download on the files that are copied before it, with the shell line of the Dockerfile."""
+    copy_build_context(folder, before="download_weights.py")
+    (bake,) = [run for run in arguments_of("RUN") if "download_weights.py" in run]
+    line = re.sub(r"--mount=\S+ ", "", bake).replace("/run/secrets", str(folder / "secrets"))
+    (folder / "secrets").mkdir()
+    (folder / "secrets" / "HF_TOKEN").write_text("hf_secret")
+    python = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        ["sh", "-c", line],
+        cwd=folder,
+        env=python | {"BAKE_MODEL": "1", "HF_HOME": str(folder / "home")} | environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_the_weights_are_fetched_by_the_files_copied_before_them(tmp_path: Path) -> None:
+    """Model and VAE from the Hub; the token comes from the build secret."""
+    weights = {f"{name}/model.fp16.safetensors": b"x" for name in ("text_encoder", "text_encoder_2", "unet", "vae")}
+    with FileServer() as server, FileServer() as cdn:
+        hub = Hub(server, cdn)
+        hub.add("user/model", Repo({"model_index.json": b"{}", **weights}, gated=True))
+        hub.add("user/vae", Repo({"config.json": b"{}", "model.safetensors": b"x"}))
+        said = run_the_bake_step(tmp_path, MODEL_ID="user/model", VAE_ID="user/vae", HF_ENDPOINT=hub.endpoint)
+    assert len(list((tmp_path / "home").rglob("*.safetensors"))) == 5
+    assert "hf_secret" not in said
+
+
+def test_a_single_file_is_fetched_by_the_files_copied_before_it(tmp_path: Path) -> None:
+    with FileServer() as server:
+        url = server.add("/model.safetensors", on.whole(save({"a": numpy.zeros(4)})))
+        run_the_bake_step(tmp_path, MODEL_ID=url, VAE_ID="", RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS="true")
+    assert len(list((tmp_path / "home").rglob("*_model.safetensors"))) == 1
+
+
+def test_an_edit_that_does_not_concern_the_download_does_not_repeat_it() -> None:
+    first = [source for source, _ in copies(before="download_weights.py")]
+    later = ("worker.py", "request.py", "schedulers.py", "serving", "lora", "prompts", "generate/render.py")
+    for name in later:
+        path = PurePosixPath("sdxl_worker") / name
+        assert (ROOT / path).exists(), name
+        assert not any(path.is_relative_to(source) or PurePosixPath(source).is_relative_to(path) for source in first)
+    assert {"handler.py", "schemas.py", "sdxl_worker"}.isdisjoint(first)
 
 
 @pytest.fixture(scope="module")
