@@ -9,7 +9,7 @@
 
 # The torch wheel that requirements.txt pins is built for CUDA 13.0 and brings its CUDA libraries along (cuda-toolkit
 # 13.0.3 in its metadata), so the small "base" image is enough. A CUDA 13.x program runs on any driver of the 13.x
-# family (580 or newer): .runpod/hub.json allows exactly those hosts.
+# family (580 or newer): .runpod/hub.json allows those that RunPod has in its list.
 FROM nvidia/cuda:13.0.3-base-ubuntu24.04
 
 RUN apt-get update \

@@ -53,6 +53,8 @@ POOLS = {
 }
 # The CUDA that PyPI's Linux wheel is built for: torch 2.13.0 has "Requires-Dist: cuda-toolkit[...]==13.0.3".
 TORCH_CUDA = {"2.13.0": (13, 0)}
+# What RunPod's API takes for allowedCudaVersions: https://docs.runpod.io/api-reference/endpoints/POST/endpoints
+LISTED_CUDA = {"13.0", "12.9", "12.8", "12.7", "12.6", "12.5", "12.4", "12.3", "12.2", "12.1", "12.0", "11.8"}
 # Variables of the listing that RunPod reads itself.
 PLATFORM_VARIABLES = {"RUNPOD_INIT_TIMEOUT"}
 # RunPod sets every variable of the form, and to set VAE_ID is to want it for local model folders too; a mirror of the
@@ -133,6 +135,12 @@ class TestHubListing:
         """RunPod sets every variable of the form, also the ones that the user left alone."""
         assert Settings.from_environment({key: str(field["default"]) for key, field in INPUTS.items()}) == Settings()
 
+    def test_bounds_of_the_form_are_accepted(self) -> None:
+        for key, field in INPUTS.items():
+            for bound in ("min", "max"):
+                if bound in field and key not in PLATFORM_VARIABLES:
+                    Settings.from_environment({key: str(field[bound])})
+
     @pytest.mark.parametrize("preset", CONFIG["presets"], ids=lambda preset: preset["name"])
     def test_presets_are_settings_that_can_be_read(self, preset: dict[str, Any]) -> None:
         environment = {key: str(value) for key, value in preset["defaults"].items()}
@@ -190,6 +198,11 @@ class TestCuda:
         assert allowed == sorted(set(allowed), reverse=True)
         assert all(host >= self.torch_cuda() for host in allowed)
         assert self.torch_cuda() in allowed
+
+    def test_versions_are_those_that_runpod_lists(self) -> None:
+        """All of them that are new enough: a version it does not know would refuse the listing."""
+        enough = {text for text in LISTED_CUDA if version(text) >= self.torch_cuda()}
+        assert set(CONFIG["allowedCudaVersions"]) == enough
 
     def test_listing_and_tests_allow_the_same_hosts(self) -> None:
         assert TESTS["config"]["allowedCudaVersions"] == CONFIG["allowedCudaVersions"]
