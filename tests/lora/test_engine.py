@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -122,24 +123,46 @@ def test_a_failed_restore_asks_for_a_fresh_worker(pipeline, engine, files, monke
     engine.restore()
 
 
-def test_a_hundred_alternations_leave_bits_and_memory_alone(pipeline, engine, files):
+def test_a_hundred_alternations_leave_the_bits_alone(pipeline, engine, files):
     loras = [(engine.read(path), LoraScale.uniform(0.8)) for path in files]
     plain, before = picture(pipeline), weight_hash(pipeline)
-    engine.apply(loras)
-    engine.restore()
-    gc.collect()
-    start = _resident_bytes()
     for _ in range(100):
-        engine.apply(loras)
-        engine.restore()
-    gc.collect()
+        with engine.applied(loras):
+            pass
     assert weight_hash(pipeline) == before
     assert np.array_equal(picture(pipeline), plain)
-    assert _resident_bytes() - start < 8 * 2**20
 
 
-def _resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+ALTERNATE = """
+import gc, os, sys
+from pathlib import Path
+from sdxl_worker import topology
+from sdxl_worker.lora.engine import LoraEngine
+from sdxl_worker.request import LoraScale
+
+def resident():
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+engine = LoraEngine(topology.build_sdxl(), 2**30)
+loras = [(engine.read(Path(path)), LoraScale()) for path in sys.argv[1:]]
+
+def alternate(times):
+    for _ in range(times):
+        with engine.applied(loras):
+            pass
+
+alternate(5)
+before = resident()
+alternate(100)
+print(resident() - before)
+"""
+
+
+def test_a_hundred_alternations_leave_the_memory_alone(files):
+    """One set of the weights that the two change takes 1 MB, a hundred of them 100."""
+    done = subprocess.run([sys.executable, "-c", ALTERNATE, *files], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 16
 
 
 def test_a_repeat_reads_no_file(pipeline, files, monkeypatch):
@@ -186,7 +209,7 @@ def test_changes_on_another_device_are_the_same(name: str, pipeline, engine, tmp
     assert moved.keys() == parsed.matched.changes.keys()
     for target, change in parsed.matched.changes.items():
         weight = pipeline.unet.get_parameter(f"{target.module}.{target.parameter}")
-        assert torch.equal(moved[target].change(weight), change.change(weight))
+        assert torch.allclose(moved[target].change(weight), change.change(weight), atol=1e-6)
 
 
 @pytest.mark.gpu
@@ -220,12 +243,13 @@ def test_changing_loras_recompiles_nothing(files):
     counter = CompileCounter()
     pipeline.unet = torch.compile(pipeline.unet, backend=counter)
     engine = LoraEngine(pipeline, 2**30)
-    assert np.array_equal(picture(pipeline), eager)
+    plain = picture(pipeline)
+    assert np.abs(plain - eager).max() <= 1
     compiled = counter.frame_count
     assert compiled >= 1
     for path in files:
         engine.apply([(engine.read(path), LoraScale())])
-        assert not np.array_equal(picture(pipeline), eager)
+        assert np.abs(picture(pipeline) - plain).max() > 3
         engine.restore()
-    assert np.array_equal(picture(pipeline), eager)
+    assert np.array_equal(picture(pipeline), plain)
     assert counter.frame_count == compiled

@@ -133,5 +133,5 @@ def test_peft_settings_beyond_alpha_change_nothing(settings: str, engine, pipeli
     parsed = engine.read(save(tmp_path / "a.safetensors", good, {"lora_adapter_metadata": settings}))
     plain = engine.read(save(tmp_path / "b.safetensors", good))
     changes = [next(iter(lora.matched.changes.values())).change(torch.zeros(32, 32)) for lora in (parsed, plain)]
-    assert torch.equal(*changes)
+    assert torch.allclose(changes[0], changes[1], atol=1e-6)
     assert weight_hash(pipeline) == before
