@@ -60,7 +60,8 @@ def _load_from_disk(model: BaseModel, settings: Settings, dtype: torch.dtype, de
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         # The library's message may name folders: it is for the log, and the answer says what to do.
         logger.error("loading %s: %s: %s", model.name, type(error).__name__, clean_text(str(error)))
-        reason = "it is not a complete SDXL model; check MODEL_ID"
+        what = "checkpoint, or its configs cannot be fetched" if model.kind == "file" else "model"
+        reason = f"it is not a complete SDXL {what}; check MODEL_ID"
     raise ModelUnavailable(f"the base model {model.name} cannot be loaded: {reason}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -46,26 +47,37 @@ def render(
     finished = mode.finished(request, inputs)
     if finished is not None:
         return [finished.copy() for _ in range(request.num_images)]
-    batches = batches_of(request)
-    pictures: list[Image] = []
     with ExitStack() as changes:
         changes.enter_context(samplers.applied(pipeline, request.scheduler))
         changes.enter_context(vae.precision_kept(pipeline))
         conditioning = changes.enter_context(prompts.applied(pipeline, request))
-        view = mode.view(pipeline)
-        arguments = {
+        call = functools.partial(
+            mode.view(pipeline),
             **mode.arguments(request, inputs),
-            "num_inference_steps": request.num_inference_steps,
-            "guidance_scale": request.guidance_scale,
-            "output_type": "pt",
-        }
-        for index, batch in enumerate(batches):
-            if on_step is not None:
-                arguments["callback_on_step_end"] = _step_callback(on_step, index, len(batches))
-            seeds = [image_seed(request, picture) for picture in batch]
-            generators = [torch.Generator(pipeline.device).manual_seed(seed) for seed in seeds]
-            pixels = view(**arguments, **conditioning.arguments(len(batch)), generator=generators).images
-            pictures += _as_pictures(pipeline, pixels)
+            num_inference_steps=request.num_inference_steps,
+            guidance_scale=request.guidance_scale,
+            output_type="pt",
+        )
+        return _draw(pipeline, call, request, conditioning, on_step)
+
+
+def _draw(
+    pipeline: StableDiffusionXLPipeline,
+    call: Callable[..., Any],
+    request: GenerationRequest,
+    conditioning: prompts.Conditioning,
+    on_step: StepCallback | None,
+) -> list[Image]:
+    """Every picture, one batch after the other; `call` is the diffusers pipeline with what all batches share."""
+    pictures: list[Image] = []
+    batches = batches_of(request)
+    for index, batch in enumerate(batches):
+        arguments = conditioning.arguments(len(batch))
+        if on_step is not None:
+            arguments["callback_on_step_end"] = _step_callback(on_step, index, len(batches))
+        seeds = [image_seed(request, picture) for picture in batch]
+        generators = [torch.Generator(pipeline.device).manual_seed(seed) for seed in seeds]
+        pictures += _as_pictures(pipeline, call(**arguments, generator=generators).images)
     return pictures
 
 

@@ -140,7 +140,7 @@ def test_a_missing_model_is_one_sentence(stand_in: Hub, model_id: str, says: str
     assert "\n" not in str(caught.value)
 
 
-def test_local_folders_and_files_that_are_no_model(tmp_path: Path):
+def test_local_folders_and_files_that_are_not_a_model(tmp_path: Path):
     (tmp_path / "model.ckpt").write_bytes(b"")
     for model_id in (tmp_path, tmp_path / "model.ckpt"):
         with pytest.raises(ModelUnavailable):
