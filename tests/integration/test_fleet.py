@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -41,8 +42,9 @@ class Fleet:
 @pytest.fixture(scope="module")
 def fleet(queue: QueueServer, workers: Workers) -> Fleet:
     """All workers up: each has rendered once."""
-    preload = {"w1": {"LORA_PRELOAD": "tiny-example, not-there"}}
-    fleet = Fleet({name: workers.start(name, **preload.get(name, {})) for name in NAMES})
+    # RUNPOD_ENDPOINT_ID makes the SDK log as it does on RunPod.
+    more = {"w1": {"LORA_PRELOAD": "tiny-example, not-there"}, "w4": {"RUNPOD_ENDPOINT_ID": "endpoint"}}
+    fleet = Fleet({name: workers.start(name, **more.get(name, {})) for name in NAMES})
     for job_id in [queue.submit(SMALL, worker=name) for name in NAMES]:
         queue.answer(job_id)
     fleet.processes["sick"] = workers.start("sick", MODEL_ID="/nowhere")
@@ -99,6 +101,16 @@ def test_preloaded_loras_are_ready_and_one_that_fails_is_only_logged(fleet, queu
     log = fleet.processes["w1"].text
     assert "ERROR  | sdxl_worker.assets.store: preload: LORA_NOT_FOUND: " in log
     assert "output" in queue.answer(queue.submit({**SMALL, "loras": ["tiny-example"]}, worker="w1"))
+
+
+def test_on_runpod_a_job_s_line_is_the_whole_message_of_one_line(fleet, queue: QueueServer):
+    reference = "tiny-example"
+    job_id = queue.submit({**SMALL, "loras": [reference]}, worker="w4")
+    assert "output" in queue.answer(job_id)
+    lines = [json.loads(line) for line in fleet.processes["w4"].text.splitlines() if line.startswith("{")]
+    (message,) = [line["message"] for line in lines if line["requestId"] == job_id and line["message"].startswith("{")]
+    facts = json.loads(message)
+    assert (facts["job"], facts["outcome"], facts["loras"]) == (job_id, "ok", [reference])
 
 
 def test_pings_and_progress_say_what_is_running_until_it_is_stopped(fleet, queue: QueueServer):

@@ -22,7 +22,7 @@ def test_tickets_are_served_in_order_of_arrival_whoever_asks_first():
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(10)
+        thread.join(60)
     assert served == list(range(8))
 
 
