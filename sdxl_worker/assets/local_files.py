@@ -12,7 +12,7 @@ from sdxl_worker.assets.cache import Cache, Entry
 from sdxl_worker.assets.folder import temporary_file
 from sdxl_worker.assets.inspection import check_size, file_sha256, is_pickle, pickle_to_safetensors
 from sdxl_worker.assets.order import Order
-from sdxl_worker.assets.sidecar import Sidecar, described_by, read_sidecar
+from sdxl_worker.assets.sidecar import Sidecar, fields_from, read_sidecar
 from sdxl_worker.assets.sources import local
 from sdxl_worker.assets.sources.local import CachedReference
 from sdxl_worker.assets.temporary_space import temporary_space
@@ -50,7 +50,7 @@ def _checked_entry(path: Path, order: Order) -> Entry:
         if is_pickle(path):
             raise BadFile("the file is a pickle under the name of a .safetensors file")
         found, facts = path.stat(), order.kind.check(path)
-        sidecar = Sidecar(path.name, found.st_size, found.st_mtime_ns, file_sha256(path), **described_by(facts))
+        sidecar = Sidecar(path.name, found.st_size, found.st_mtime_ns, file_sha256(path), **fields_from(facts))
         return order.cache.write_sidecar(path, sidecar)
 
 
@@ -77,7 +77,7 @@ def _converted_entry(folder: Path, reference: CachedReference, order: Order) -> 
         facts = dict(order.kind.check(temporary))
         if was_pickle:
             facts["autov3"] = source_sha256[:12]  # as others know it
-        sidecar = Sidecar(reference.name, 0, 0, file_sha256(temporary), reference.key, **described_by(facts))
+        sidecar = Sidecar(reference.name, 0, 0, file_sha256(temporary), reference.key, **fields_from(facts))
         sidecar = replace(
             sidecar,
             source_sha256=source_sha256,

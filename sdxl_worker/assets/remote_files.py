@@ -24,7 +24,7 @@ from sdxl_worker.assets.location import Location
 from sdxl_worker.assets.locks import turn_to_download
 from sdxl_worker.assets.order import Order
 from sdxl_worker.assets.references import RemoteReference
-from sdxl_worker.assets.sidecar import Sidecar, described_by, read_sidecar
+from sdxl_worker.assets.sidecar import Sidecar, fields_from, read_sidecar
 from sdxl_worker.assets.temporary_space import temporary_space, temporary_space_path
 from sdxl_worker.errors import (
     AssetFileError,
@@ -127,7 +127,7 @@ def _adopted(reference: RemoteReference, path: Path, order: Order) -> Entry | No
     except (AssetFileError, FetchIncomplete):
         quarantine(path)
         return None
-    sidecar = Sidecar(reference.shown, found.st_size, found.st_mtime_ns, sha256, reference.key, **described_by(facts))
+    sidecar = Sidecar(reference.shown, found.st_size, found.st_mtime_ns, sha256, reference.key, **fields_from(facts))
     return order.cache.write_sidecar(path, sidecar)
 
 
@@ -165,7 +165,7 @@ def _download_into(folder: Path, reference: RemoteReference, location: Location,
         )
         if order.kind.takes_pickles and (is_pickle(temporary) or location.peft_config):
             return _publish_rewritten(temporary, path, sidecar, location, order)
-        return order.cache.publish(temporary, path, replace(sidecar, **described_by(order.kind.check(temporary))))
+        return order.cache.publish(temporary, path, replace(sidecar, **fields_from(order.kind.check(temporary))))
 
 
 def _publish_rewritten(source: Path, path: Path, sidecar: Sidecar, location: Location, order: Order) -> Entry:
@@ -183,7 +183,7 @@ def _publish_rewritten(source: Path, path: Path, sidecar: Sidecar, location: Loc
         if was_pickle:
             # Others know a pickle by the hash of the whole file.
             facts["autov3"] = sidecar.source_sha256[:12]
-        return order.cache.publish(final, path, replace(sidecar, sha256=file_sha256(final), **described_by(facts)))
+        return order.cache.publish(final, path, replace(sidecar, sha256=file_sha256(final), **fields_from(facts)))
 
 
 def _peft_metadata(target: Target, order: Order) -> dict[str, str]:

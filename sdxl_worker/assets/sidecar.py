@@ -84,7 +84,7 @@ def _from_json(content: Any) -> Sidecar:
 _TYPES: Mapping[str, Any] = {"str": str, "int": int, "float": (int, float), "Mapping[str, Any]": dict}
 
 
-def described_by(facts: Mapping[str, Any]) -> dict[str, Any]:
+def fields_from(facts: Mapping[str, Any]) -> dict[str, Any]:
     """The sidecar fields that a file's facts fill, and the time of day."""
     return {
         "format": str(facts.get("format", "")),

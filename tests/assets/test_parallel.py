@@ -68,7 +68,7 @@ class Crowd:
     def reply(self, content: bytes) -> on.Reply:
         def reply(handler: on.Handler) -> None:
             self._count(1)
-            self.release.wait(60)
+            self.release.wait(120)
             self._count(-1)  # before the body ends, since only then may the client ask for the next file
             on.whole(content)(handler)
 
@@ -85,12 +85,12 @@ def test_no_more_than_the_bound_at_once(server: FileServer, tmp_path: Path, way:
     crowd, bound = Crowd(), parallel.MAX_PARALLEL
     urls = [server.add(f"/{index}.safetensors", crowd.reply(lora_bytes(index))) for index in range(2 * bound)]
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(getattr(AssetStore(settings_for(tmp_path, download_timeout=120)), way), urls, LORA)
+        running = pool.submit(getattr(AssetStore(settings_for(tmp_path, download_timeout=300)), way), urls, LORA)
         try:
             wait_until(lambda: crowd.now >= bound)
             for _ in range(50):  # requests of our own: whoever else wanted to come would have come meanwhile
-                assert requests.get(f"{server.origin}/absent", timeout=60).status_code == 404
+                assert requests.get(f"{server.origin}/absent", timeout=120).status_code == 404
         finally:
             crowd.release.set()
-        assert len(running.result(60)) == 2 * bound
+        assert len(running.result(120)) == 2 * bound
     assert crowd.most == bound == 4

@@ -203,10 +203,10 @@ def test_stopping_ends_a_download_and_cleans_up(server: FileServer, settings: Se
     url = server.add("/a.safetensors", on.held(LORA, 100, release, reached))
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(get, url, settings, should_stop=stop.is_set)
-        assert reached.wait(20)
+        assert reached.wait(120)
         stop.set()
         with pytest.raises(errors.Cancelled):
-            running.result(20)
+            running.result(120)
     assert (published(settings.lora_cache_dir), partials(settings.lora_cache_dir)) == ([], [])
 
 
@@ -215,9 +215,9 @@ def test_several_jobs_share_one_download(server: FileServer, settings: Settings)
     url = server.add("/a.safetensors", on.held(LORA, 100, release, reached))
     with ThreadPoolExecutor(6) as pool:
         running = [pool.submit(get, url, settings) for _ in range(6)]
-        assert reached.wait(20)
+        assert reached.wait(120)
         release.set()
-        files = [job.result(20) for job in running]
+        files = [job.result(120) for job in running]
     assert len(server.requests) == 1
     assert [file.cached for file in files].count(False) == 1
 
@@ -227,13 +227,13 @@ def test_a_job_that_waits_can_be_stopped(server: FileServer, settings: Settings)
     url = server.add("/a.safetensors", on.held(LORA, 100, release, reached))
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(get, url, settings)
-        assert reached.wait(20)
+        assert reached.wait(120)
         second = pool.submit(get, url, settings, should_stop=stop.is_set)
         stop.set()
         with pytest.raises(errors.Cancelled):
-            second.result(20)
+            second.result(120)
         release.set()
-        assert first.result(20).path.read_bytes() == LORA
+        assert first.result(120).path.read_bytes() == LORA
 
 
 def test_locks_that_do_nothing_cost_only_bandwidth(
@@ -247,7 +247,7 @@ def test_locks_that_do_nothing_cost_only_bandwidth(
         running = [pool.submit(get, url, settings) for _ in range(4)]
         wait_until(lambda: len(server.requests) == 4)
         release.set()
-        assert all(job.result(20).sha256 == on.sha256(LORA) for job in running)
+        assert all(job.result(120).sha256 == on.sha256(LORA) for job in running)
     assert len(published(settings.lora_cache_dir)) == 1
     assert partials(settings.lora_cache_dir) == []
 
@@ -346,9 +346,9 @@ def test_several_references_are_fetched_in_parallel_and_in_order(server: FileSer
         running = pool.submit(
             download_loras, [*urls, urls[0]], on_progress=lambda *state: told.append(state), settings=settings
         )
-        assert all(event.wait(20) for event in reached)
+        assert all(event.wait(120) for event in reached)
         release.set()
-        files = running.result(20)
+        files = running.result(120)
     assert [file.path.read_bytes() for file in files] == [*contents, contents[0]]
     assert len(server.requests) == 3
     assert told[-1] == (sum(map(len, contents)), sum(map(len, contents)))
@@ -359,7 +359,7 @@ def test_the_first_error_stops_the_others(server: FileServer, settings: Settings
     slow = server.add("/slow.safetensors", on.held(LORA, 100, release, reached))
 
     def missing_once_the_other_runs(handler: on.Handler) -> None:
-        reached.wait(20)
+        reached.wait(120)
         on.status(404)(handler)
 
     bad = server.add("/bad.safetensors", missing_once_the_other_runs)

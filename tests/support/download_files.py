@@ -34,7 +34,7 @@ def _noise(generator: np.random.Generator, *shape: int) -> np.ndarray:
 
 def settings_for(folder: Path, **changes: Any) -> Settings:
     """Settings whose cache is `folder`, and whose downloads end soon."""
-    return Settings(**{"lora_cache_dir": folder, "download_timeout": 20.0, **changes})
+    return Settings(**{"lora_cache_dir": folder, "download_timeout": 120.0, **changes})
 
 
 def published(folder: Path) -> list[str]:
@@ -47,7 +47,7 @@ def partials(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / ".partial").glob("*"))
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
     """Poll `condition` until it holds; an AssertionError after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
