@@ -1,4 +1,4 @@
-"""Hugging Face repos, with the real huggingface_hub against a stand-in for the Hub: FAULTS rows 20, 21, 23, 28."""
+"""Hugging Face repos, with the real huggingface_hub against a stand-in for the Hub: fault rows 20, 21, 23, 28."""
 
 from __future__ import annotations
 
