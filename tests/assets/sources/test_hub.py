@@ -198,6 +198,23 @@ def test_a_hub_out_of_reach_is_served_from_the_cache(stand_in: Hub, tmp_path: Pa
         store.get("user/other", kinds.LORA)
 
 
+def test_a_branch_that_moved_is_kept_once_in_temporary_space(
+    stand_in: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    repo, folder = Repo({DEFAULT: LORA}), tmp_path / "loras"
+    stand_in.add("user/repo", repo)
+    path = get("user/repo", stand_in, folder).path
+    age(path, remote_files.RECHECK_S + 1)
+    repo.files[DEFAULT] = OTHER
+    (folder / ".partial").rmdir()
+    (folder / ".partial").write_text("a file where the folder should be")
+    moved = get("user/repo", stand_in, folder)
+    assert (moved.path.read_bytes(), moved.cached) == (OTHER, False)
+    again = get("user/repo", stand_in, folder)
+    assert (again.path, again.cached) == (moved.path, True)
+
+
 def test_offline_mode_is_said_at_once(stand_in: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(errors.FetchFailed, match="HF_HUB_OFFLINE"):
