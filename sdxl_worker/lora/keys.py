@@ -19,7 +19,9 @@ from sdxl_worker.lora.formats import SUFFIXES
 UNET, TEXT_ENCODER, TEXT_ENCODER_2 = "unet", "text_encoder", "text_encoder_2"
 COMPONENTS = (UNET, TEXT_ENCODER, TEXT_ENCODER_2)
 
-_KEY = re.compile(rf"(?P<module>.+?)(?:{'|'.join(f'(?P<{role}>{end})' for role, end in SUFFIXES.items())})")
+# Where a suffix may begin, and what it may be.
+_START = re.compile(r"\.|_lora(?=\.)")
+_SUFFIX = re.compile("|".join(f"(?P<{role}>{pattern})" for role, pattern in SUFFIXES.items()))
 # Longer than any model's names, and short enough for every pattern.
 MAX_NAME = 400
 
@@ -80,8 +82,12 @@ def sort_keys(keys: Mapping[str, Any] | list[str]) -> FileKeys:
 
 def split_key(key: str) -> tuple[str, str] | None:
     """`(module as written, role)` of a tensor name, or None when its end is not one that a LoRA format writes."""
-    match = _KEY.fullmatch(key) if len(key) <= MAX_NAME else None
-    return (match["module"], str(match.lastgroup)) if match else None
+    if len(key) > MAX_NAME:
+        return None
+    for start in _START.finditer(key, 1):
+        if match := _SUFFIX.fullmatch(key, start.start()):
+            return key[: start.start()], str(match.lastgroup)
+    return None
 
 
 def split_module(module: str) -> tuple[str, str]:

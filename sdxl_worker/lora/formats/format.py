@@ -26,12 +26,12 @@ class Change(Protocol):
 class Format:
     """All that the worker knows of one way to write a change down.
 
-    `suffixes`: role -> regular expression for what follows the module in a tensor's name. `marks`: the roles of which
-    a module of this format has at least one. `build(roles, alpha, inner)` makes the change of each parameter ("weight",
-    "bias") from the module's tensors of this format, of which a missing one is a KeyError; `inner` is the weight's
-    change by the module's other formats, which only a format that `wraps` may replace. `name(modules)` is what people
-    call it, told from each module's shapes by role. `rank` lists the roles whose first axis is the rank, `width` the
-    input width by a module's shapes: None where they do not say.
+    `suffixes`: role -> regular expression for what follows the module in a tensor's name, from a dot or `_lora.` on.
+    `marks`: the roles of which a module of this format has at least one. `build(roles, alpha, inner)` makes the change
+    of each parameter ("weight", "bias") from the module's tensors of this format, of which a missing one is a KeyError;
+    `inner` is the weight's change by the module's other formats, which only a format that `wraps` may replace.
+    `name(modules)` is what people call it, told from each module's shapes by role. `rank` lists the roles whose first
+    axis is the rank, `width` gives the input width by a module's shapes: None where they do not say.
     """
 
     suffixes: Mapping[str, str]
