@@ -1,0 +1,52 @@
+"""The picture that a request starts from: fetched, unpacked, and whose fault it is when that fails."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from PIL import Image
+
+from sdxl_worker.assets.store import AssetStore
+from sdxl_worker.errors import Cancelled, FetchError, InvalidRequest
+from sdxl_worker.generate.input_image import fetch_input_image
+from sdxl_worker.job_run import JobRun
+from sdxl_worker.serving.turns import Turns
+from sdxl_worker.settings import Settings
+from tests.support import http_server as on
+from tests.support.hostile_pictures import saved
+from tests.support.http_server import FileServer
+
+
+@pytest.fixture
+def run() -> JobRun:
+    return JobRun("job", Turns().ticket())
+
+
+@pytest.fixture
+def assets(tmp_path, monkeypatch) -> AssetStore:
+    monkeypatch.setenv("RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS", "true")
+    return AssetStore(Settings(lora_cache_dir=tmp_path))
+
+
+def test_a_picture_is_fetched_and_unpacked(assets, run):
+    with FileServer() as server:
+        url = server.add("/a.png", on.whole(saved(Image.new("L", (8, 4), 7), "PNG")))
+        picture = fetch_input_image(url, assets, run)
+        assert (picture.mode, picture.size, picture.getpixel((0, 0))) == ("RGB", (8, 4), (7, 7, 7))
+
+
+def test_what_the_url_leads_to_is_the_callers_fault(assets, run):
+    with FileServer() as server:
+        with pytest.raises(InvalidRequest, match="image_url does not lead to a picture"):
+            fetch_input_image(server.add("/a.png", on.whole(b"<html>")), assets, run)
+        with pytest.raises(FetchError, match="image_url cannot be read") as caught:
+            fetch_input_image(server.add("/b.png", on.status(404)), assets, run)
+        assert caught.value.code == "INVALID_INPUT"
+
+
+def test_a_stop_ends_the_unpacking(assets, run, monkeypatch):
+    noise = Image.frombytes("RGB", (500, 500), os.urandom(750_000))
+    monkeypatch.setattr(assets, "read", lambda *_: run.cancel() or saved(noise, "PNG"))
+    with pytest.raises(Cancelled):
+        fetch_input_image("https://a/b.png", assets, run)
