@@ -9,7 +9,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 RUN_INPUT := {"input": {"prompt": "a lighthouse at dusk", "width": 512, "height": 512, "num_inference_steps": 8, \
 	"seed": 7, "loras": [{"path": "tiny-example", "scale": 0.8}]}}
 
-.PHONY: help run test lint types pytest bench clean
+.PHONY: help run test lint types pytest clean
 
 help:
 	@echo "make run    set up .venv, render one LoRA request on the tiny model, save it under output/"

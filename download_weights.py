@@ -200,7 +200,7 @@ def _verify(options: argparse.Namespace, settings: Settings) -> int:
         write_json([{"name": name, "verdict": verdict} for name, verdict in verdicts])
     else:
         write_table([("NAME", "VERDICT"), *verdicts])
-    return int(any(verdict in ("quarantined", "changed") for _, verdict in verdicts))
+    return int(any(verdict in ("quarantined", "changed", "unreadable") for _, verdict in verdicts))
 
 
 def _get_base_model(options: argparse.Namespace, settings: Settings) -> int:

@@ -1,4 +1,4 @@
-"""What is shown of references and URLs, well-formed and malformed (FAULTS: no secret in answer or log)."""
+"""What is shown of references and URLs, well-formed and malformed (fault list: no secret in answer or log)."""
 
 from __future__ import annotations
 

@@ -4,9 +4,12 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
+from safetensors.numpy import save
 
 import download_weights
 import schemas
@@ -94,6 +97,25 @@ def test_errors_table_names_every_code() -> None:
     for code, error in codes.items():
         assert (rows[code]["Who acts"] == "caller") == error.caller_at_fault, code
         assert ("refresh_worker" in rows[code]["Meaning"]) == error.refresh_worker, code
+
+
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [
+        (b"<!doctype html><title>Log in</title>", "NOT_A_LORA"),
+        (b"just a text, long enough to have a length in front", "BAD_FILE"),
+        (save({"model.diffusion_model.input_blocks.0.0.weight": numpy.zeros((4, 4))}), "LORA_INCOMPATIBLE"),
+        (save({"clip_l": numpy.zeros((1, 768)), "clip_g": numpy.zeros((1, 1280))}), "LORA_INCOMPATIBLE"),
+    ],
+    ids=["web page", "text", "checkpoint", "embedding"],
+)
+def test_what_is_not_a_lora_has_the_code_of_its_row(tmp_path: Path, content: bytes, code: str) -> None:
+    path = tmp_path / "file.safetensors"
+    path.write_bytes(content)
+    assert kinds.LORA.check is not None
+    with pytest.raises(WorkerError) as failure, kinds.LORA.own_codes():
+        kinds.LORA.check(path)
+    assert failure.value.code == code
 
 
 def test_each_example_reference_has_the_form_of_its_row() -> None:

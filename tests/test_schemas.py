@@ -1,4 +1,4 @@
-"""FAULTS rows 1-13: every bad input is refused at once, with every problem named."""
+"""fault rows 1-13: every bad input is refused at once, with every problem named."""
 
 import math
 import subprocess

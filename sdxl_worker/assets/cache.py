@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Lock
 
-from sdxl_worker.assets.folder import not_written, temporary_file
+from sdxl_worker.assets.folder import not_written, quarantine, temporary_file
 from sdxl_worker.assets.sidecar import Sidecar, read_sidecar, sidecar_path
 from sdxl_worker.errors import CacheWriteError
 
@@ -47,6 +47,8 @@ class Cache:
         self.check_turn = Lock()
         # (path, size, mtime_ns) of files whose sidecar could not be written.
         self._unwritten: dict[tuple[str, int, int], Sidecar] = {}
+        # The same of files that are damaged and cannot be taken out of their folder.
+        self._damaged: set[tuple[str, int, int]] = set()
         self._held: Counter[str] = Counter()
         self._held_lock = Lock()
 
@@ -59,7 +61,10 @@ class Cache:
             found = os.lstat(path)
         except OSError:
             return None
-        remembered = self._unwritten.get((str(path), found.st_size, found.st_mtime_ns))
+        state = (str(path), found.st_size, found.st_mtime_ns)
+        if state in self._damaged:
+            return None
+        remembered = self._unwritten.get(state)
         read = (remembered, time.time()) if remembered is not None else read_sidecar(path)
         if read is None or not stat.S_ISREG(found.st_mode):
             return None
@@ -93,6 +98,13 @@ class Cache:
         except OSError as error:
             raise not_written(error) from error
         return self.write_sidecar(final, replace(sidecar, size=found.st_size, mtime_ns=found.st_mtime_ns))
+
+    def set_aside(self, path: Path) -> None:
+        """Put a damaged file into quarantine; where that is impossible (a read-only volume) it is not used again."""
+        quarantine(path)
+        with contextlib.suppress(OSError):
+            found = os.lstat(path)
+            self._damaged.add((str(path), found.st_size, found.st_mtime_ns))
 
     @contextlib.contextmanager
     def in_use(self, paths: Iterable[Path]) -> Iterator[None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,8 +51,8 @@ def list_cache(folder: Path) -> list[Listed]:
         with contextlib.suppress(OSError):
             stat = path.stat()
             read = read_sidecar(path)
-            sidecar, used_at = read if read is not None else (None, stat.st_mtime)
-            found.append(Listed(path, stat.st_size, used_at, sidecar))
+            sidecar = read[0] if read is not None else None
+            found.append(Listed(path, stat.st_size, _used_at(read, stat.st_mtime), sidecar))
     return sorted(found, key=lambda item: item.used_at, reverse=True)
 
 
@@ -79,31 +80,50 @@ def evict(folder: Path, limit: float, cache: Cache) -> list[Path]:
     return removed
 
 
+def _used_at(read: tuple[Sidecar, float] | None, otherwise: float) -> float:
+    """When a file was last used (seconds since 1970). A clock that was wrong does not make it used for ever."""
+    latest = time.time() + GRACE_S
+    return next((when for when in (read[1] if read is not None else latest, otherwise) if when < latest), 0.0)
+
+
 def _last_use(item: Listed) -> float:
     """Asked again right before the removal: another worker may have used the file since the listing."""
-    read = read_sidecar(item.path)
-    return read[1] if read is not None else item.used_at
+    return _used_at(read_sidecar(item.path), item.used_at)
 
 
 def empty_quarantine(folder: Path) -> list[Path]:
     """Remove what was put into quarantine; gives what was removed."""
-    removed = []
-    with contextlib.suppress(OSError):
-        for path in (folder / QUARANTINE).iterdir():
-            path.unlink(missing_ok=True)
-            removed.append(path)
-    return removed
+    try:
+        paths = list((folder / QUARANTINE).iterdir())
+    except OSError:
+        return []
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+    return [path for path in paths if not os.path.lexists(path)]
 
 
 def verify(folder: Path) -> list[tuple[Listed, str]]:
-    """Compare every file with its recorded sha256: (file, "ok" | "unchecked" | "quarantined" | "changed")."""
+    """Compare every file with its recorded sha256.
+
+    Gives (file, "ok" | "unchecked" | "quarantined" | "changed" | "vanished" | "unreadable") for each.
+    """
     return [(item, _verdict(item)) for item in list_cache(folder)]
 
 
 def _verdict(item: Listed) -> str:
     if item.sidecar is None:
         return "unchecked"
-    if file_sha256(item.path) == item.sidecar.sha256:
+    try:
+        sha256 = file_sha256(item.path)
+    except FileNotFoundError:
+        return "vanished"  # evicted meanwhile
+    except OSError:
+        return "unreadable"
+    if sha256 == item.sidecar.sha256:
         return "ok"
     if item.by_hand:
         return "changed"

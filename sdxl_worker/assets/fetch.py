@@ -95,7 +95,7 @@ def fetch_to(
 ) -> Fetched:
     """Write the whole body of `target` into `sink` (an empty, seekable, unbuffered binary file).
 
-    Raises the FetchError that FAULTS names for what went wrong, Cancelled when the job was stopped, and
+    Raises the FetchError that the fault list names for what went wrong, Cancelled when the job was stopped, and
     CacheWriteError when `sink` cannot take the bytes.
     """
     with BackgroundSha256() as digest:

@@ -56,7 +56,7 @@ def not_written(error: OSError) -> CacheWriteError:
 
 
 def quarantine(path: Path) -> None:
-    """Take a damaged file out of the cache, and keep it for whoever wants to know why."""
+    """Take a damaged file out of the cache, and keep it for whoever wants to know why; it stays where it cannot."""
     logger.warning("%s is damaged; it is moved to %s", path.name, QUARANTINE)
     target = path.parent / QUARANTINE / path.name
     with contextlib.suppress(OSError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import time
@@ -12,7 +13,7 @@ from sdxl_worker.assets.cache import Entry
 from sdxl_worker.assets.connect import Target
 from sdxl_worker.assets.eviction import evict
 from sdxl_worker.assets.fetch import fetch_bytes, fetch_to
-from sdxl_worker.assets.folder import quarantine, temporary_file
+from sdxl_worker.assets.folder import temporary_file
 from sdxl_worker.assets.inspection import (
     add_metadata,
     file_sha256,
@@ -68,7 +69,7 @@ class RemoteFiles:
 
     def _fresh_entry(self, reference: RemoteReference, path: Path, order: Order) -> Entry | None:
         """What the cache answers by itself, without a lock and without the network."""
-        entry = _entry_at(path, reference, order)
+        entry = _known_entry(reference, path, order)
         if entry is None or not _follows(reference, order):
             return entry
         retried_at = self._unreachable_since.get(reference.key, 0.0) + RETRY_UNREACHABLE_S - RECHECK_S
@@ -80,9 +81,7 @@ class RemoteFiles:
         entry = self._fresh_entry(reference, path, order)
         if entry is not None:
             return entry, True
-        old = _entry_at(path, reference, order) or _adopted(reference, path, order)
-        if old is None:
-            old = _entry_at(temporary_space_path(order.kind) / path.name, reference, order)
+        old = _known_entry(reference, path, order) or _adopted(reference, path, order)
         if old is not None and not _follows(reference, order):
             return old, True
         try:
@@ -98,8 +97,14 @@ class RemoteFiles:
             return old, True
 
 
-def _entry_at(path: Path, reference: RemoteReference, order: Order) -> Entry | None:
-    return order.cache.look_up(path, reference.key, any_time=order.kind.is_operators)
+def _known_entry(reference: RemoteReference, path: Path, order: Order) -> Entry | None:
+    """What is in the cache folder, or in temporary space; of two states of a moving reference the later one."""
+    look_up = functools.partial(order.cache.look_up, key=reference.key, any_time=order.kind.is_operators)
+    entry = look_up(path)
+    if entry is not None and not _follows(reference, order):
+        return entry
+    aside = look_up(temporary_space_path(order.kind) / path.name)
+    return max(filter(None, (entry, aside)), key=lambda known: known.sidecar.checked_at, default=None)
 
 
 def _follows(reference: RemoteReference, order: Order) -> bool:
@@ -125,7 +130,7 @@ def _adopted(reference: RemoteReference, path: Path, order: Order) -> Entry | No
             raise FetchIncomplete(f"{path.name} is not what was downloaded")
         facts = order.kind.check(path)
     except (AssetFileError, FetchIncomplete):
-        quarantine(path)
+        order.cache.set_aside(path)
         return None
     sidecar = Sidecar(reference.shown, found.st_size, found.st_mtime_ns, sha256, reference.key, **fields_from(facts))
     return order.cache.write_sidecar(path, sidecar)

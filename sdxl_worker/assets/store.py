@@ -14,7 +14,7 @@ from sdxl_worker.assets.budget import Budget
 from sdxl_worker.assets.cache import Cache, Entry
 from sdxl_worker.assets.eviction import empty_quarantine, evict
 from sdxl_worker.assets.fetch import Progress, fetch_bytes
-from sdxl_worker.assets.folder import prepare_folder, quarantine
+from sdxl_worker.assets.folder import prepare_folder
 from sdxl_worker.assets.inspection import file_sha256, max_download_bytes
 from sdxl_worker.assets.kind import Kind
 from sdxl_worker.assets.local_files import open_local_file
@@ -141,7 +141,7 @@ class AssetStore:
         except OSError:
             damaged = True
         if damaged:
-            quarantine(file.path)
+            self._cache.set_aside(file.path)
         return damaged
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sdxl_worker.assets import eviction
+from sdxl_worker.assets import eviction, report
 from sdxl_worker.assets.cache import Cache
 from sdxl_worker.assets.eviction import list_cache, verify
 from sdxl_worker.assets.folder import QUARANTINE
@@ -124,3 +124,62 @@ def test_verify_quarantines_silent_damage(tmp_path: Path):
     assert (tmp_path / QUARANTINE / bad.name).exists()
     AssetStore(settings_for(tmp_path)).prune(LORA)
     assert list((tmp_path / QUARANTINE).iterdir()) == []
+
+
+def test_a_use_in_the_future_does_not_keep_a_file_for_ever(tmp_path: Path):
+    put(tmp_path, "recent", eviction.GRACE_S / 2)
+    future = put(tmp_path, "future", -1e9)
+    os.utime(future, (1e9, 1e9))
+    evict(tmp_path, 1)
+    assert published(tmp_path) == ["recent.safetensors"]
+
+
+def test_a_folder_in_the_quarantine_does_not_stop_pruning(tmp_path: Path):
+    quarantine = tmp_path / QUARANTINE
+    (quarantine / "folder" / "inside").mkdir(parents=True)
+    (quarantine / "folder" / "file").write_text("")
+    for name in ("a", "z"):
+        (quarantine / name).write_text("")
+    AssetStore(settings_for(tmp_path)).prune(LORA)
+    assert list(quarantine.iterdir()) == []
+
+
+def test_verify_goes_on_when_a_file_vanishes_or_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    gone, good = put(tmp_path, "gone", 1), put(tmp_path, "good", 2)
+    listed = list_cache(tmp_path)
+    monkeypatch.setattr(eviction, "list_cache", lambda _: listed)
+    gone.unlink()
+    assert {item.path: verdict for item, verdict in verify(tmp_path)} == {gone: "vanished", good: "ok"}
+
+
+ODD_SIDECARS = [
+    "[" * 200_000,
+    '{"reference": 1, "size": "x", "mtime_ns": 0, "sha256": null}',
+    '{"reference": "a", "size": 1000, "mtime_ns": 0, "sha256": 5}',
+    '{"reference": "\\ud800", "size": 1000, "mtime_ns": 0, "sha256": ""}',
+]
+
+
+@pytest.mark.parametrize("content", ODD_SIDECARS, ids=["deep", "types", "sha256", "surrogate"])
+def test_odd_sidecars_are_listed_and_verified_as_unchecked(
+    tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]
+):
+    path = put(tmp_path, "a", 1)
+    sidecar_path(path).write_text(content)
+    (item,) = list_cache(tmp_path)
+    assert item.sidecar is None
+    report.write_list([item])
+    report.write_json([report.listed_json(item)])
+    assert "a.safetensors" in capsys.readouterr().out
+    assert [verdict for _, verdict in verify(tmp_path)] == ["unchecked"]
+
+
+def test_a_pipe_as_sidecar_holds_nobody_up(tmp_path: Path):
+    path = put(tmp_path, "a", 1)
+    sidecar_path(path).unlink()
+    os.mkfifo(sidecar_path(path))
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            assert [item.sidecar for item in pool.submit(list_cache, tmp_path).result(120)] == [None]
+        finally:
+            os.close(os.open(sidecar_path(path), os.O_RDWR | os.O_NONBLOCK))  # lets a reader go that waits for a writer

@@ -1,4 +1,4 @@
-"""The fetch against servers that misbehave: FAULTS rows 18 and 21 to 30."""
+"""The fetch against servers that misbehave: fault rows 18 and 21 to 30."""
 
 from __future__ import annotations
 

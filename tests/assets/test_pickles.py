@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import signal
@@ -11,12 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 
 from sdxl_worker.assets.budget import Budget
 from sdxl_worker.assets.pickles import convert_pickle
+from sdxl_worker.assets.store import AssetStore
 from sdxl_worker.errors import BadFile, Cancelled, FetchTimeout, WorkerError
+from sdxl_worker.kinds import LORA
+from tests.support import http_server as on
+from tests.support.download_files import lora_bytes, partials, published, settings_for
 from tests.support.fresh_process import cost_of
+from tests.support.http_server import FileServer
 
 TENSORS = {"lora_unet_x.lora_up.weight": torch.randn(4, 2).half(), "lora_unet_x.alpha": torch.tensor(2.0)}
 
@@ -75,23 +81,45 @@ else:
     assert not target.exists()
 
 
-@pytest.mark.parametrize("ends_by", [Cancelled, FetchTimeout])
-def test_a_conversion_ends_with_the_job(ends_by: type[WorkerError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    source, target = tmp_path / "a.pt", tmp_path / "a.safetensors"
-    os.mkfifo(source)  # nobody writes to it: the process waits for ever
+@pytest.fixture
+def conversions(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[bytes]]:
+    """The converting processes that are started from now on."""
     started: list[subprocess.Popen[bytes]] = []
     start = subprocess.Popen
 
-    def remember(*arguments, **options):
-        started.append(start(*arguments, **options))
-        return started[0]
+    def remember(command, *arguments, **options):
+        process = start(command, *arguments, **options)
+        if "sdxl_worker.assets.pickles" in command:
+            started.append(process)
+        return process
 
     monkeypatch.setattr(subprocess, "Popen", remember)
-    budgets = {Cancelled: Budget.start(600, lambda: bool(started)), FetchTimeout: Budget.start(0.5)}
+    return started
+
+
+@pytest.mark.parametrize("ends_by", [Cancelled, FetchTimeout])
+def test_a_conversion_ends_with_the_job(ends_by: type[WorkerError], tmp_path: Path, conversions):
+    source, target = tmp_path / "a.pt", tmp_path / "a.safetensors"
+    os.mkfifo(source)  # nobody writes to it: the process waits for ever
+    budgets = {Cancelled: Budget.start(600, lambda: bool(conversions)), FetchTimeout: Budget.start(0.5)}
     with pytest.raises(ends_by):
         convert_pickle(source, target, budgets[ends_by])
-    assert [process.returncode for process in started] == [-signal.SIGKILL]
+    assert [process.returncode for process in conversions] == [-signal.SIGKILL]
     assert not target.exists()
+
+
+@pytest.mark.parametrize("is_local", [True, False])
+def test_a_stopped_job_leaves_no_conversion_behind(is_local: bool, tmp_path: Path, server: FileServer, conversions):
+    content = io.BytesIO()
+    torch.save(load(lora_bytes()), content)
+    (tmp_path / "a.pt").write_bytes(content.getvalue())
+    reference = "a.pt" if is_local else server.add("/a.pt", on.whole(content.getvalue()))
+    store = AssetStore(settings_for(tmp_path))
+    with pytest.raises(Cancelled):
+        store.get(reference, LORA, should_stop=lambda: bool(conversions))
+    assert [process.returncode for process in conversions] == [-signal.SIGKILL]
+    assert (published(tmp_path), partials(tmp_path)) == (["a.pt"], [])
+    assert store.get(reference, LORA).path.suffix == ".safetensors"
 
 
 def test_a_compressed_pickle_that_inflates_is_refused(tmp_path: Path):

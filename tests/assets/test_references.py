@@ -1,4 +1,4 @@
-"""Reference forms, cache names and masking: FAULTS rows 14, 17, 19, 22."""
+"""Reference forms, cache names and masking: fault rows 14, 17, 19, 22."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Headers that lie, and files that are something else (FAULTS: broken and hostile files)."""
+"""Headers that lie, and files that are something else (fault list: broken and hostile files)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""References through the cache, over real HTTP: FAULTS rows 16, 22, 29 to 34, 42 to 47."""
+"""References through the cache, over real HTTP: fault rows 16, 22, 29 to 34, 42 to 47."""
 
 from __future__ import annotations
 

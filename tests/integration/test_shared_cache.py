@@ -1,4 +1,4 @@
-"""Several real processes on one cache folder: FAULTS rows 43 and 44."""
+"""Several real processes on one cache folder: fault rows 43 and 44."""
 
 from __future__ import annotations
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 
-from sdxl_worker.assets.sidecar import read_sidecar
 from sdxl_worker.assets.store import AssetStore
 from sdxl_worker.errors import AssetFileError, BadReference, Cancelled, NotFound
 from sdxl_worker.job_run import JobRun
@@ -85,17 +87,51 @@ def test_row_47_a_damaged_file_is_put_aside_and_fetched_again_once(settings, pip
     spec = LoraSpec(f"{server.origin}/a.safetensors")
     (before,) = ready(settings, engine, run, spec)
     path = before.file.path
-    read = read_sidecar(path)
-    assert read is not None
-    content = bytearray(path.read_bytes())
-    content[-4000:] = b"\xff" * 4000  # NaN
-    path.write_bytes(content)
-    # Damage that neither size nor time betrays.
-    os.utime(path, ns=(read[0].mtime_ns, read[0].mtime_ns))
+    damage(path)
     fresh = LoraEngine(pipeline, 0)
     (after,) = ready(settings, fresh, run, spec)
     assert after.file.sha256 == before.file.sha256
     assert (settings.lora_cache_dir / ".quarantine" / path.name).is_file()
+    assert len(server.asked("/a.safetensors")) == 2
+
+
+def damage(path: Path) -> None:
+    """In a way that neither size nor time betrays."""
+    found = path.stat()
+    content = bytearray(path.read_bytes())
+    content[-4000:] = b"\xff" * 4000  # NaN
+    path.write_bytes(content)
+    os.utime(path, ns=(found.st_mtime_ns, found.st_mtime_ns))
+
+
+def make_read_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the worker, since root may write anywhere."""
+    shutil.rmtree(folder / ".partial")
+    (folder / ".partial").write_text("a file where the folder should be")
+    for name in ("replace", "unlink", "utime"):
+        real = getattr(os, name)
+
+        def refuse(path, *arguments, real=real, **options):
+            if str(path).startswith(str(folder)):
+                raise OSError(errno.EROFS, "Read-only file system")
+            return real(path, *arguments, **options)
+
+        monkeypatch.setattr(os, name, refuse)
+
+
+def test_a_damaged_file_on_a_read_only_volume_is_fetched_into_temporary_space(
+    settings, pipeline, engine, run, server, tmp_path, monkeypatch
+):
+    spec, assets = LoraSpec(f"{server.origin}/a.safetensors"), AssetStore(settings)
+    (before,) = make_ready([spec], assets, lambda: engine, run)
+    damage(before.file.path)
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    make_read_only(settings.lora_cache_dir, monkeypatch)
+    for cached in (False, True):
+        (after,) = make_ready([spec], assets, lambda: LoraEngine(pipeline, 0), run)
+        assert (after.file.sha256, after.file.cached) == (before.file.sha256, cached)
+        assert after.file.path.is_relative_to(tmp_path / "tmp")
     assert len(server.asked("/a.safetensors")) == 2
 
 

@@ -1,4 +1,4 @@
-"""Civitai's forms against a stand-in for civitai.com: FAULTS rows 21, 22, 28."""
+"""Civitai's forms against a stand-in for civitai.com: fault rows 21, 22, 28."""
 
 from __future__ import annotations
 

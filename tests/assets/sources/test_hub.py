@@ -1,4 +1,4 @@
-"""Hugging Face repos, with the real huggingface_hub against a stand-in for the Hub: FAULTS rows 20, 21, 23, 28."""
+"""Hugging Face repos, with the real huggingface_hub against a stand-in for the Hub: fault rows 20, 21, 23, 28."""
 
 from __future__ import annotations
 
@@ -196,6 +196,23 @@ def test_a_hub_out_of_reach_is_served_from_the_cache(stand_in: Hub, tmp_path: Pa
     assert len(stand_in.server.requests) == asked
     with pytest.raises(errors.FetchFailed, match="503"):
         store.get("user/other", kinds.LORA)
+
+
+def test_a_branch_that_moved_is_kept_once_in_temporary_space(
+    stand_in: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    repo, folder = Repo({DEFAULT: LORA}), tmp_path / "loras"
+    stand_in.add("user/repo", repo)
+    path = get("user/repo", stand_in, folder).path
+    age(path, remote_files.RECHECK_S + 1)
+    repo.files[DEFAULT] = OTHER
+    (folder / ".partial").rmdir()
+    (folder / ".partial").write_text("a file where the folder should be")
+    moved = get("user/repo", stand_in, folder)
+    assert (moved.path.read_bytes(), moved.cached) == (OTHER, False)
+    again = get("user/repo", stand_in, folder)
+    assert (again.path, again.cached) == (moved.path, True)
 
 
 def test_offline_mode_is_said_at_once(stand_in: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

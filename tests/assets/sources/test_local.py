@@ -1,4 +1,4 @@
-"""Files that an operator put into the cache folder: FAULTS rows 14 to 16, 31 to 34."""
+"""Files that an operator put into the cache folder: fault rows 14 to 16, 31 to 34."""
 
 from __future__ import annotations
 

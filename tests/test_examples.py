@@ -1,0 +1,72 @@
+"""Each file of examples/ is a ready request: valid as it stands, and rendered by the tiny model at a small size."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from sdxl_worker.assets.sources import parse_reference
+from sdxl_worker.kinds import LORA
+from sdxl_worker.settings import Settings
+from sdxl_worker.topology import EXAMPLE_LORA, write_example_lora
+from sdxl_worker.validation import validate_request
+from sdxl_worker.worker import Worker
+from tests.support import http_server as on
+from tests.support.http_server import FileServer
+from tests.support.readme import README, ROOT
+
+EXAMPLES = sorted((ROOT / "examples").glob("*.json"))
+
+
+def load(path: Path) -> dict[str, Any]:
+    body = json.loads(path.read_text(encoding="utf-8"))
+    assert list(body) == ["input"], "a whole body, as it is sent"
+    return body["input"]
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_is_valid_as_it_stands(path: Path) -> None:
+    fields = load(path)
+    request = validate_request(fields)
+    assert request.warnings == ()
+    assert len(request.loras) == len(fields.get("loras", []))
+    for lora in request.loras:
+        parse_reference(lora.reference, Settings(), LORA)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch):
+    """Serves a small picture."""
+    monkeypatch.setenv("RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS", "true")
+    file = io.BytesIO()
+    Image.new("RGB", (80, 64), "teal").save(file, "PNG")
+    with FileServer() as running:
+        running.add("/start.png", on.whole(file.getvalue()))
+        yield running
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_renders(path: Path, pipeline, engine, server: FileServer, tmp_path: Path, monkeypatch) -> None:
+    """Small, in a few steps, with the tiny model's LoRA and a local picture in place of those of the internet."""
+    fields = load(path) | {"width": 64, "height": 64, "num_inference_steps": 4}
+    if "image_url" in fields:
+        fields["image_url"] = f"{server.origin}/start.png"
+    for lora in fields.get("loras", []):
+        lora["path"] = EXAMPLE_LORA
+    worker = Worker(Settings(model_id="tiny", lora_cache_dir=tmp_path))
+    write_example_lora(tmp_path)
+    worker._pipeline = pipeline
+    monkeypatch.setattr(worker, "engine_of", lambda _: engine)
+    answer = worker.run({"id": "example", "input": fields})
+    assert len(answer.get("images", [])) == fields.get("num_images", 1), answer
+    assert answer["seed"] == fields["seed"]
+    assert len(answer.get("loras", [])) == len(fields.get("loras", []))
+
+
+def test_the_readme_leads_to_the_examples() -> None:
+    assert [name for name in ("lora", "image_to_image", "worker_sdxl") if f"examples/{name}.json" not in README] == []
