@@ -49,7 +49,10 @@ class Settings:
         "WORKER_CONCURRENCY", 1, "2 = fetch the next job's LoRAs while this one renders", whole(1, 2)
     )
     hf_token: str = _variable("HF_TOKEN", "", "sent only to the Hugging Face Hub", secret=True)
-    civitai_api_token: str = _variable("CIVITAI_API_TOKEN", "", "sent only to civitai.com", secret=True)
+    civitai_api_token: str = _variable("CIVITAI_API_TOKEN", "", "sent only to Civitai", secret=True)
+    civitai_endpoint: str = _variable(
+        "CIVITAI_ENDPOINT", "https://civitai.com", "Civitai, or a stand-in of the operator's", url()
+    )
     hf_endpoint: str = _variable(
         "HF_ENDPOINT", "https://huggingface.co", "the Hub, or the operator's mirror of it", url()
     )

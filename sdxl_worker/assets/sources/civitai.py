@@ -18,7 +18,6 @@ from sdxl_worker.errors import BadReference, FetchFailed, NotFound
 from sdxl_worker.masking import mask
 from sdxl_worker.settings import Settings
 
-ORIGIN = "https://civitai.com"
 MAX_ANSWER = 8 << 20
 AUTH_HINT = "set CIVITAI_API_TOKEN to an API key from your Civitai account settings"
 
@@ -64,14 +63,14 @@ class CivitaiReference(RemoteReference):
         """The version's download address, with the token for Civitai only; raises FetchError subclasses."""
         version = self.version or _newest_version(self, settings, budget)
         query = f"?{encode_query(self.options)}" if self.options else ""
-        target = _target(f"{ORIGIN}/api/download/models/{version}{query}", self, settings)
+        target = _target(f"/api/download/models/{version}{query}", self, settings)
         return Location(target, identity=f"version:{version}")
 
 
 def parse(text: str, settings: Settings, kind: Kind) -> CivitaiReference | None:
     """A Civitai link, `civitai:ID@VERSION` or AIR urn; None for anything else. Raises BadReference."""
     if re.match(r"(?i)https?:", text):
-        return _parse_url(text) if split_http_url(text)[1] in _HOSTS else None
+        return _parse_url(text, settings)
     if not re.match(r"(?i)(civitai|urn:air):", text):
         return None
     found = _FORM.fullmatch(text)
@@ -83,8 +82,14 @@ def parse(text: str, settings: Settings, kind: Kind) -> CivitaiReference | None:
     return CivitaiReference(version, 0 if version else int(found["model"]))
 
 
-def _parse_url(text: str) -> CivitaiReference:
-    parts = urlsplit(text)
+def _parse_url(text: str, settings: Settings) -> CivitaiReference | None:
+    _, host, _ = split_http_url(text)
+    parts, endpoint = urlsplit(text), urlsplit(settings.civitai_endpoint)
+    if host not in _HOSTS:
+        if parts.netloc.lower() != endpoint.netloc.lower():
+            return None
+        # What holds for Civitai's links holds for those of its stand-in.
+        parts = parts._replace(netloc="civitai.com", path=parts.path.removeprefix(endpoint.path.rstrip("/")))
     query = dict(parse_qsl(parts.query))
     download = re.fullmatch(rf"/api/download/models/({_ID})/?", parts.path)
     if download:
@@ -100,7 +105,7 @@ def _parse_url(text: str) -> CivitaiReference:
 
 def _newest_version(reference: CivitaiReference, settings: Settings, budget: Budget) -> int:
     """The model's first listed version, which is the newest (https://developer.civitai.com, GET /api/v1/models/:id)."""
-    target = _target(f"{ORIGIN}/api/v1/models/{reference.model}", reference, settings)
+    target = _target(f"/api/v1/models/{reference.model}", reference, settings)
     answer = fetch_bytes(target, max_bytes=MAX_ANSWER, budget=budget)
     try:
         versions = json.loads(answer)["modelVersions"]
@@ -111,7 +116,10 @@ def _newest_version(reference: CivitaiReference, settings: Settings, budget: Bud
         raise FetchFailed(f"Civitai's answer about {reference.shown} cannot be read") from None
 
 
-def _target(url: str, reference: CivitaiReference, settings: Settings) -> Target:
+def _target(path: str, reference: CivitaiReference, settings: Settings) -> Target:
+    endpoint = settings.civitai_endpoint.rstrip("/")
     token = reference.token or settings.civitai_api_token
     headers = {"Authorization": f"Bearer {token}"} if token else {}
-    return Target(url, headers, login_path="/login", auth_hint=AUTH_HINT)
+    # Only a stand-in that the operator chose may be in a private network.
+    trusted = "" if urlsplit(endpoint).hostname in _HOSTS else endpoint
+    return Target(endpoint + path, headers, trusted, login_path="/login", auth_hint=AUTH_HINT)
