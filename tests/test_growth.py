@@ -125,9 +125,7 @@ SOURCE = (
             "from sdxl_worker.errors",
         ),
         # Which kinds may be had from there is said by the kinds.
-        Edit(
-            "sdxl_worker/kinds.py", '    sources=("mirror", "civitai", "hub", "url", "local"),\n', "    folder=lambda"
-        ),
+        Edit("sdxl_worker/kinds.py", '"mirror", ', '"civitai", "hub", "url", "local"'),
     ],
     """
     from sdxl_worker.assets.sources import parse_reference
