@@ -99,6 +99,7 @@ def main() -> int:
     finally:
         # Last of all, after what the SDK says about a local run.
         sys.stdout.writelines(f"Saved {path}\n" for path in worker.saved)
+        worker.close()
     return 0
 
 

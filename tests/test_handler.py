@@ -108,6 +108,12 @@ def test_a_wrong_setting_is_one_clear_sentence(command_line, tmp_path, name, val
     assert sentence in err
 
 
+def test_a_wrong_log_level_is_one_clear_sentence(command_line):
+    status, out, err = command_line("--rp_log_level", "LOUD")
+    assert (status, out) == (1, "")
+    assert err == "--rp_log_level should be one of NOTSET, TRACE, DEBUG, INFO, WARN, ERROR, not 'LOUD'\n"
+
+
 def test_the_sdk_s_start_gets_the_handler_and_the_checks(command_line, process, pipeline, tmp_path, monkeypatch):
     started: list[dict[str, Any]] = []
     registered: list[Any] = []

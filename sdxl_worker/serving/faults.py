@@ -89,5 +89,7 @@ class Health:
                 raise
             self._out_of_memory_in_a_row += 1
             failure.refresh_worker = self._out_of_memory_in_a_row > 1
+            if failure is error:
+                raise
             raise failure from error
         self._out_of_memory_in_a_row = 0

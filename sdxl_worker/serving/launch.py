@@ -63,8 +63,13 @@ def check_environment() -> None:
     if not 0 <= _number("RUNPOD_REALTIME_PORT", 0) <= MAX_PORT:
         raise ValueError(f"RUNPOD_REALTIME_PORT should be between 0 and {MAX_PORT}")
     for name in ("RUNPOD_LOG_LEVEL", "RUNPOD_DEBUG_LEVEL"):
-        if (level := os.environ.get(name)) is not None and level.upper() not in _LOG_LEVELS:
-            raise ValueError(f"{name} should be one of {', '.join(_LOG_LEVELS)}, not {level!r}")
+        if (level := os.environ.get(name)) is not None:
+            _check_level(name, level)
+
+
+def _check_level(name: str, level: str) -> None:
+    if level.upper() not in _LOG_LEVELS:
+        raise ValueError(f"{name} should be one of {', '.join(_LOG_LEVELS)}, not {level!r}")
 
 
 def _number(name: str, default: int) -> int:
@@ -110,6 +115,8 @@ def prepare(settings: Settings) -> argparse.Namespace:
 
     configure_logging(settings.secrets)
     arguments, _ = sdk.parser.parse_known_args()
+    if arguments.rp_log_level:
+        _check_level("--rp_log_level", arguments.rp_log_level)
     return arguments
 
 

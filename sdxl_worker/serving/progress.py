@@ -64,7 +64,13 @@ class RunPodProgress:
         """Start the SDK's update in a thread of ours: the SDK's own `progress_update` keeps its thread to itself."""
         from runpod.serverless.modules import rp_progress
 
-        thread = threading.Thread(target=rp_progress._thread_target, args=(self._job, progress), daemon=True)
+        def post() -> None:
+            try:
+                rp_progress._thread_target(self._job, progress)
+            except Exception:
+                logger.warning("progress update failed", exc_info=True)
+
+        thread = threading.Thread(target=post, name="progress", daemon=True)
         thread.start()
         return thread
 

@@ -48,22 +48,23 @@ def test_our_own_errors_pass_and_unknown_ones_show_nothing():
     assert "secret" not in str(unknown)
 
 
-def out_of_memory(health: Health) -> bool:
+def out_of_memory(health: Health, error: Exception) -> bool:
     """Whether a picture that does not fit asks for a fresh worker."""
     with pytest.raises(OutOfMemory) as caught, health.watch(), health.rendering():
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
     return caught.value.refresh_worker
 
 
-def test_memory_runs_out_twice_in_a_row_before_a_fresh_worker_is_asked_for():
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), OutOfMemory("too large")])
+def test_memory_runs_out_twice_in_a_row_before_a_fresh_worker_is_asked_for(error):
     health = Health()
-    assert not out_of_memory(health)
+    assert not out_of_memory(health, error)
     with health.watch(), health.rendering():
         pass
-    assert not out_of_memory(health)
+    assert not out_of_memory(health, error)
     with pytest.raises(MemoryError), health.watch():
         raise MemoryError  # while a LoRA is merged: not the picture's doing
-    assert out_of_memory(health)
+    assert out_of_memory(health, error)
     with health.watch():
         pass
     assert not OutOfMemory.refresh_worker
