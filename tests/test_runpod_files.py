@@ -57,9 +57,8 @@ TORCH_CUDA = {"2.13.0": (13, 0)}
 LISTED_CUDA = {"13.0", "12.9", "12.8", "12.7", "12.6", "12.5", "12.4", "12.3", "12.2", "12.1", "12.0", "11.8"}
 # Variables of the listing that RunPod reads itself.
 PLATFORM_VARIABLES = {"RUNPOD_INIT_TIMEOUT"}
-# RunPod sets every variable of the form, and to set VAE_ID is to want it for local model folders too; a mirror of the
-# Hub is nothing that is set on RunPod.
-NOT_IN_THE_FORM = {"VAE_ID", "HF_ENDPOINT", "CIVITAI_ENDPOINT"}
+# RunPod sets every variable of the form, and to set VAE_ID is to want it for local model folders too.
+NOT_IN_THE_FORM = {"VAE_ID"}
 
 
 def load(name: str) -> Any:
