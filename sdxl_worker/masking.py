@@ -22,6 +22,7 @@ _SCHEME = re.compile(r"(?i)(?:https?|ftp|file|civitai|urn):/{0,3}")
 _SUSPICIOUS = re.compile(r"[:@?#%]")
 # A query that lost its question mark, or had it encoded.
 _HIDDEN_QUERY = re.compile(r"(?i)%3f|%23|[&;][\w.\-]{1,64}=")
+_QUERY = re.compile(r"(?i)\?|%3f|[&;][\w.\-]{1,64}=")
 
 _URL_IN_TEXT = re.compile(r"(?i)\bhttps?:[^\s'\"<>]*")
 _LOGIN_IN_TEXT = re.compile(r"(?i)(?<!civitai):[^\s:/@'\"]+@")
@@ -42,6 +43,11 @@ def mask(text: str) -> str:
     else:
         shown = _beginning(text)
     return ascii_line(_HIDDEN_QUERY.split(shown, maxsplit=1)[0])
+
+
+def has_query(text: str) -> bool:
+    """True for a text that holds a query, perhaps encoded or without its question mark: a token may be in it."""
+    return _QUERY.search(text) is not None
 
 
 def mask_urls(text: str) -> str:

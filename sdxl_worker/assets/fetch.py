@@ -36,7 +36,8 @@ BACKOFF_S = 0.5
 CHUNK = 4 << 20
 PROGRESS_INTERVAL_S = 0.25
 _RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524})
-_BROKEN = (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError)
+# ValueError: headers and addresses that the HTTP libraries cannot read.
+_NETWORK_ERRORS = (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError)
 _HEADERS = {"Accept-Encoding": "identity", "User-Agent": "sdxl-lora-worker", "Accept": "*/*"}
 
 
@@ -140,7 +141,7 @@ def _attempt(target: Target, transfer: _Transfer, budget: Budget) -> None:
     with SocketWatch(budget) as watch:
         try:
             response = open_url(target, headers, budget, watch)
-        except _BROKEN as error:
+        except _NETWORK_ERRORS as error:
             # Not chained: the text of these exceptions holds the query string, and a logged traceback would show it.
             raise budget.verdict() or _Retry(_connection_error(target, error)) from None
         try:
@@ -209,7 +210,7 @@ def _read_body(response: requests.Response, target: Target, transfer: _Transfer,
         try:
             # read1: whatever has arrived, so that progress and stopping do not wait for a whole chunk.
             chunk = raw.read1(CHUNK, decode_content=False)
-        except _BROKEN as error:
+        except _NETWORK_ERRORS as error:
             raise budget.verdict() or _Retry(_body_error(target, transfer, error)) from None
         if not chunk:
             break

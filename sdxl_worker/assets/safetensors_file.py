@@ -212,8 +212,9 @@ def _entry(name: str, value: Any) -> TensorEntry:
         numbers = (*shape, begin, end)
     except (KeyError, TypeError, ValueError):
         raise BadFile(f"the header describes tensor {_short(name)} in a way that safetensors does not know") from None
-    whole = all(type(number) is int and 0 <= number < 2**48 for number in numbers)
-    if not whole or len(shape) > MAX_DIMENSIONS or end - begin != math.prod(shape) * item_size:
+    whole = all(type(number) is int and 0 <= number < 2**48 for number in numbers) and len(shape) <= MAX_DIMENSIONS
+    # Sides beside a 0 are bounded too: torch multiplies them.
+    if not whole or math.prod(filter(None, shape)) >= 2**48 or end - begin != math.prod(shape) * item_size:
         raise BadFile(f"the size of tensor {_short(name)} does not match its shape")
     return TensorEntry(dtype, shape, begin, end)
 

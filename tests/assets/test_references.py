@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 from download_weights import get_lora_cache_path
+from sdxl_worker.assets.kind import Kind
 from sdxl_worker.assets.sources import parse_reference
 from sdxl_worker.assets.sources.civitai import CivitaiReference
 from sdxl_worker.assets.sources.hub import HubReference
 from sdxl_worker.assets.sources.local import CachedReference
 from sdxl_worker.assets.sources.url import UrlReference
 from sdxl_worker.errors import BadReference
-from sdxl_worker.kinds import LORA
+from sdxl_worker.kinds import LORA, PICTURE
 from sdxl_worker.settings import Settings
 
 CACHE = Path("/models/loras")
@@ -152,9 +153,10 @@ def test_a_reference_has_at_most_4096_characters(text: str):
 
 # Of each text as much as fits into a request, and as much as is parsed.
 HOSTILE = """
+from sdxl_worker.assets.kind import Kind
 from sdxl_worker.assets.sources import parse_reference
 from sdxl_worker.errors import BadReference
-from sdxl_worker.kinds import LORA
+from sdxl_worker.kinds import LORA, PICTURE
 from sdxl_worker.settings import Settings
 
 settings = Settings()
@@ -183,6 +185,35 @@ def test_hostile_references_take_linear_time():
 def test_what_is_no_text_is_refused():
     with pytest.raises(BadReference):
         parse(None)  # type: ignore[arg-type]
+
+
+WITH_SECRETS = [
+    "http://bob:PW?x@host",
+    "http://bob:PW#x@host",
+    "http://bob:12PW?x@host",
+    "bob:PW@host/x",
+    "https:bob:PW@host",
+    "http://u%3aPW%40h/x",
+    "x?token=PW",
+    "x.safetensors?token=PW",
+    "x%3Ftoken=PW",
+    "x&token=PW",
+    "user/repo?token=PW",
+    "user/repo/f.safetensors?token=PW",
+    "user/repo@main/f.safetensors?token=PW",
+    "huggingface.co/user/repo/resolve/main/f.safetensors?token=PW",
+    "civitai.com/api/download/models/7?token=PW",
+    "https://huggingface.co/user/repo/resolve/main/f.safetensors%3Ftoken=PW",
+    "civitai:5@7?token=PW",
+]
+
+
+@pytest.mark.parametrize("kind", [LORA, PICTURE])
+@pytest.mark.parametrize("text", WITH_SECRETS)
+def test_a_malformed_reference_shows_no_secret(text: str, kind: Kind):
+    with pytest.raises(BadReference) as caught:
+        parse_reference(text, SETTINGS, kind)
+    assert "PW" not in str(caught.value)
 
 
 def test_names_are_hash_and_readable_name():

@@ -38,6 +38,7 @@ BAD = {
     "negative shape": {"a": ENTRY | {"shape": [-1, -2]}},
     "shape is true": {"a": ENTRY | {"shape": [True, 2]}},
     "shape overflows": {"a": ENTRY | {"shape": [2**40, 2**40]}},
+    "huge sides beside a 0": {"a": ENTRY, "b": ENTRY | {"shape": [2**47, 2**47, 0], "data_offsets": [8, 8]}},
     "offsets past the end": {"a": ENTRY | {"data_offsets": [8, 16]}},
     "offsets reversed": {"a": ENTRY | {"data_offsets": [8, 0]}},
     "overlap": {"a": ENTRY, "b": ENTRY},

@@ -10,7 +10,7 @@ from sdxl_worker.assets.kind import Kind
 from sdxl_worker.assets.references import MAX_REFERENCE, Reference
 from sdxl_worker.assets.sources import civitai, hub, local, url
 from sdxl_worker.errors import BadReference
-from sdxl_worker.masking import mask
+from sdxl_worker.masking import has_query, mask
 from sdxl_worker.settings import Settings
 from sdxl_worker.text import is_unicode
 
@@ -34,6 +34,9 @@ def parse_reference(text: str, settings: Settings, kind: Kind) -> Reference:
         raise BadReference(f"a {kind.name} reference is longer than {MAX_REFERENCE} characters")
     if "\\" in reference or not reference.isprintable() or not is_unicode(reference):
         raise BadReference(f"the {kind.name} reference {mask(reference)} holds characters that are not allowed")
+    if has_query(reference) and not re.match(r"(?i)https?:", reference):
+        # Its name in the cache, and whatever says it, would hold a token that was meant for a host.
+        raise BadReference(f"the {kind.name} reference {mask(reference)} has a query but no https:// in front of it")
     for name in SOURCES:
         if name in kind.sources and (parsed := SOURCES[name](reference, settings, kind)) is not None:
             return parsed

@@ -21,7 +21,7 @@ from sdxl_worker.assets.location import Location
 from sdxl_worker.assets.references import MAX_PART, WEIGHT_SUFFIXES, RemoteReference, hashed_name
 from sdxl_worker.assets.urls import split_http_url
 from sdxl_worker.errors import AccessDenied, Ambiguous, BadReference, FetchError, FetchFailed, NotFound
-from sdxl_worker.masking import mask
+from sdxl_worker.masking import has_query, mask
 from sdxl_worker.settings import Settings
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def _parse_url(text: str, settings: Settings, kind: Kind) -> HubReference | None
 
 def _parse_name(text: str, asked: str, kind: Kind) -> HubReference:
     found = _FORM.fullmatch(text)
-    if found is None or len(text) > 512:
+    if found is None or len(text) > 512 or has_query(text):
         raise BadReference(f"the {kind.name} reference {mask(asked)} is not a user/repo of the Hugging Face Hub")
     revision, path = found["revision"], (found["path"] or "").rstrip("/")
     page = re.fullmatch(r"(?:blob|resolve|tree|raw)/(refs/(?:pr|convert)/[\w\-]+|[^/]+)(?:/(.*))?", path)
