@@ -34,8 +34,12 @@ _FOREIGN = tuple(
             "Anima or Cosmos-Predict2",
             rf"{_BLOCKS}(?:(?:cross|self)_attn[._](?:[qkv]|output)_proj|mlp[._]layer[12]|adaln_modulation_)|llm_adapter",
         ),
-        ("Lumina or Z-Image", r"(?:noise|context)_refiner[._]\d|adaLN_modulation|feed_forward[._]w[123]"),
-        ("Wan", rf"{_BLOCKS}(?:cross_attn|self_attn|ffn)[._]"),
+        (
+            "Lumina or Z-Image",
+            r"(?:noise|context)_refiner[._]\d|adaLN_modulation|feed_forward[._]w[123]"
+            r"|layers[._]\d+[._]attention[._](?:to_[qkvo]|qkv|out)",
+        ),
+        ("Wan", rf"{_BLOCKS}(?:cross_attn|self_attn|ffn)[._]|(?:^|transformer\.)blocks\.\d+\.(?:attn[12]|ffn)\."),
         ("Stable Cascade", r"lora_prior_|prior_unet|effnet"),
         ("PixArt", r"caption_projection|adaln_single"),
     )

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from sdxl_worker.errors import LoraIncompatible
 from sdxl_worker.lora.formats import ALPHA, build_changes
 from sdxl_worker.lora.formats.format import BIAS, WEIGHT, Change
+from sdxl_worker.memory import is_out_of_memory
 from sdxl_worker.text import clean_text
 
 # Elements: what any formula may use, so that small modules may have a rank beyond their own size.
@@ -34,7 +35,8 @@ class Trial:
     ) -> dict[str, Change]:
         """The changes of the parameters of `owner`, the resident module, by the tensors (by role) of `written`.
 
-        `alpha` counts where there is no such tensor. Raises LoraIncompatible, naming the module, whatever is wrong.
+        `alpha` counts where there is no such tensor. Raises LoraIncompatible, naming the module, whatever is wrong with
+        the tensors.
         """
         try:
             own = {role: tensor for role, tensor in tensors.items() if role != ALPHA}
@@ -42,9 +44,9 @@ class Trial:
                 alpha = float(tensors[ALPHA].reshape(()))
             self._try(written, own, alpha, owner)
             return build_changes(written, own, alpha)
-        except LoraIncompatible:
-            raise
         except Exception as error:
+            if isinstance(error, LoraIncompatible) or is_out_of_memory(error):
+                raise
             # torch, asked for shapes that nobody foresaw, raises what it likes.
             size = tuple(owner.weight.shape)
             raise LoraIncompatible(

@@ -127,6 +127,11 @@ CASES = {
             "lora_unet_transformer_blocks_0_txt_mlp_net_2.lora_down.weight": (16, 12288),
         },
     ),
+    "Z-Image, attention only": (
+        "Lumina or Z-Image",
+        {"diffusion_model.layers.0.attention.to_q.lora_A.weight": (16, 3840)},
+    ),
+    "Wan, diffusers": ("Wan", {"transformer.blocks.0.attn1.to_q.lora_A.weight": (16, 5120)}),
     "half SDXL, half Flux": (
         "Flux",
         {

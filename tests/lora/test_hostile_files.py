@@ -153,6 +153,17 @@ def test_memory_that_a_file_asks_for_in_vain_is_the_callers_matter(engine, pipel
     assert weight_hash(pipeline) == before
 
 
+@pytest.mark.parametrize("place", ["engine.read_lora", "trial.build_changes"])
+def test_memory_that_runs_out_while_reading_too(place: str, engine, pipeline, tmp_path: Path, monkeypatch):
+    def full(*_arguments, **_keywords):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 14000000000 bytes.")
+
+    monkeypatch.setattr(f"sdxl_worker.lora.{place}", full)
+    tensors, _ = lora(pipeline.unet.get_submodule(LINEAR).weight)
+    with pytest.raises(LoraIncompatible, match="need more memory than this worker has"):
+        engine.read(save(tmp_path / "a.safetensors", kohya(LINEAR, tensors)))
+
+
 def test_one_module_under_two_names_is_refused_with_both(engine, tmp_path: Path):
     ours = "down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
     theirs = "input_blocks_4_1_transformer_blocks_0_attn1_to_q"
