@@ -10,6 +10,7 @@ from sdxl_worker.kinds import CHECKPOINT
 
 def find_checkpoint(model_id: str, assets: AssetStore, on_progress: Progress | None = None) -> Path:
     """The local file of a checkpoint on another host, under its hash-keyed name; raises ModelUnavailable."""
+    assets.prepare(CHECKPOINT)
     try:
         return assets.get(model_id, CHECKPOINT, on_progress).path
     except AssetFileError as error:

@@ -101,7 +101,12 @@ def test_look_up_wants_everything_to_agree(tmp_path: Path):
     assert look_up(linked, "k") is None
 
 
-@pytest.mark.parametrize("content", ["", "[]", "null", "{", '{"size": 1}', '{"unknown": 1}'])
+SHA_IS_NO_TEXT = '{"reference": "a", "size": 1, "mtime_ns": 0, "sha256": ["x"], "key": "k"}'
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "null", "{", '{"size": 1}', '{"unknown": 1}', "[" * 200_000, SHA_IS_NO_TEXT]
+)
 def test_a_broken_sidecar_is_none(tmp_path: Path, content: str):
     path = entry(tmp_path)
     sidecar_path(path).write_text(content)

@@ -50,6 +50,7 @@ def test_a_url_is_downloaded_once_and_described(server: FileServer, settings: Se
     again = get(f"{url}?token=SECRET", settings)
     assert first.path.read_bytes() == LORA
     assert (first.cached, again.cached) == (False, True)
+    assert first.source_sha256 == again.source_sha256 == first.sha256
     assert (first.sha256, first.size, first.name) == (on.sha256(LORA), len(LORA), first.path.name)
     assert first.reference == again.reference == url
     assert len(server.requests) == 1
@@ -130,13 +131,16 @@ def test_a_hostile_pickle_is_not_executed(
 
 @pytest.mark.parametrize("name", ["a.bin", "download"])
 def test_a_good_pickle_becomes_safetensors(server: FileServer, settings: Settings, name: str):
-    file = get(server.add(f"/{name}", on.whole(saved(load(LORA)))), settings)
+    content = saved(load(LORA))
+    file = get(server.add(f"/{name}", on.whole(content)), settings)
     assert file.path.suffix == ".safetensors"
     found, expected = load(file.path.read_bytes()), load(LORA)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key], expected[key]) for key in found)
-    assert file.sha256 == on.sha256(file.path.read_bytes())
-    assert get(server.origin + f"/{name}", settings).cached
+    again = get(server.origin + f"/{name}", settings)
+    for each in (file, again):
+        assert (each.sha256, each.source_sha256) == (on.sha256(file.path.read_bytes()), on.sha256(content))
+    assert again.cached
 
 
 def test_a_good_pickle_under_a_safetensors_name_is_refused(server: FileServer, settings: Settings):

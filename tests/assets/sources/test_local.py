@@ -84,6 +84,7 @@ def test_a_pickle_is_converted_once_and_again_when_it_changes(tmp_path: Path):
     source = tmp_path / "a.pt"
     source.write_bytes(pickled(LORA))
     first = get("a", tmp_path)
+    assert first.source_sha256 == sha256(source.read_bytes())
     assert load(first.path.read_bytes()).keys() == load(LORA).keys()
     inode = first.path.stat().st_ino
     assert get("a.pt", tmp_path).path.stat().st_ino == inode
