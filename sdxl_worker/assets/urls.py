@@ -39,7 +39,7 @@ def split_http_url(url: str, error: Callable[[str], Exception] = BadReference) -
     scheme = parts.scheme.lower()
     if scheme not in _DEFAULT_PORTS:
         raise error(f"the URL {mask(url)} is neither http nor https")
-    if not parts.hostname or len(parts.hostname) > MAX_HOST or port == 0:
+    if not parts.hostname or len(parts.hostname) > MAX_HOST or re.search(r"[%\s]", parts.hostname) or port == 0:
         raise error(f"the URL {mask(url)} has an invalid host or port")
     if "@" in parts.netloc:
         raise error(f"the URL {mask(url)} holds a user name or password; use a signed URL or a token variable instead")

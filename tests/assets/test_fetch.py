@@ -208,7 +208,7 @@ SENSELESS = {
     "path": (on.redirect("/" + "a" * 60_000), errors.NotFound),
     "address": (on.redirect("http://[" + "a" * 60_000), errors.FetchFailed),
     "port": (on.redirect("http://host:" + NINES), errors.BlockedAddress),
-    "host": (on.redirect("http://%ff/"), errors.FetchFailed),
+    "host": (on.redirect("http://%ff/"), errors.BlockedAddress),
 }
 
 

@@ -118,6 +118,7 @@ NO_CACHED_FILE = ["/etc/passwd", "/models/loras", "/models/loras/../../etc/passw
 NO_REPO = ["user/../x", "user/repo/../../x", "user/repo//x", "user/repo@", "user/repo@../x", "user/repo@..", "a b/c"]
 NO_URL = ["file:///etc/passwd", "ftp://host/x", "data:text/plain,x", "gopher://x", "http:/x", "http://", "https:///x"]
 NO_HOST = ["http://host:port/x", "http://host:99999/x", "http://host:0/", "http://[::1/x", "http://[zz::1]/x"]
+NO_HOST += ["http://u%3aPW%40h/x", "http://a b/x", "http://[fe80::1%25eth0]/x"]
 NO_CIVITAI = ["civitai:abc", "civitai:", "urn:air:sdxl:lora:other:1@2", "https://civitai.com/user/x"]
 DIGITS = "9" * 4000  # int() refuses more than 4,300 of them
 NO_ID = [f"civitai:{DIGITS}", f"civitai:1@{DIGITS}", "civitai:" + "9" * 5000, "civitai:\u0661", "civitai:1@\u0661"]
@@ -208,12 +209,18 @@ WITH_SECRETS = [
 ]
 
 
+def everything_said(text: str, kind: Kind) -> str:
+    try:
+        parsed = parse_reference(text, SETTINGS, kind)
+    except BadReference as error:
+        return str(error)
+    return parsed.shown + parsed.file_name + repr(parsed)
+
+
 @pytest.mark.parametrize("kind", [LORA, PICTURE])
 @pytest.mark.parametrize("text", WITH_SECRETS)
 def test_a_malformed_reference_shows_no_secret(text: str, kind: Kind):
-    with pytest.raises(BadReference) as caught:
-        parse_reference(text, SETTINGS, kind)
-    assert "PW" not in str(caught.value)
+    assert "PW" not in everything_said(text, kind)
 
 
 def test_names_are_hash_and_readable_name():
