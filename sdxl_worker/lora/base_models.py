@@ -39,7 +39,7 @@ _FOREIGN = tuple(
             r"(?:noise|context)_refiner[._]\d|adaLN_modulation|feed_forward[._]w[123]"
             r"|layers[._]\d+[._]attention[._](?:to_[qkvo]|qkv|out)",
         ),
-        ("Wan", rf"{_BLOCKS}(?:cross_attn|self_attn|ffn)[._]|(?:^|transformer\.)blocks\.\d+\.(?:attn[12]|ffn)\."),
+        ("Wan", rf"{_BLOCKS}(?:cross_attn|self_attn|ffn)[._]|^(?:transformer\.)?blocks\.\d+\.attn[12]\."),
         ("Stable Cascade", r"lora_prior_|prior_unet|effnet"),
         ("PixArt", r"caption_projection|adaln_single"),
     )
