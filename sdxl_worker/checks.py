@@ -44,7 +44,7 @@ def number(low: float, high: float, *, above: bool = False) -> Check:
 
     def problem(value: Any) -> str | None:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        good = is_number and math.isfinite(as_float(value)) and low <= value <= high and not (above and value == low)
+        good = is_number and low <= value <= high and not (above and value == low)
         return None if good else f"must be a number {bound} {low:g} to {high:g}, not {shown(value)}"
 
     return Check(float, problem)
