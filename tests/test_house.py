@@ -6,13 +6,20 @@ docs/ARCHITECTURE.md says why.
 from __future__ import annotations
 
 import ast
+import dataclasses
+import functools
+import importlib
 import json
+import logging
+import re
 import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from types import BuiltinFunctionType, FunctionType, MappingProxyType, ModuleType
+from typing import TypeVar
 
 import pytest
 
@@ -182,6 +189,39 @@ def test_no_module_keeps_state() -> None:
 def test_the_search_for_state_finds_it(monkeypatch: pytest.MonkeyPatch, source: str, expected: int) -> None:
     monkeypatch.setitem(TREES, "example", ast.parse(source))
     assert len(list(module_state("example"))) == expected
+
+
+CONSTANT_TYPES = (
+    *(str, bytes, int, float, complex, bool, type(None), tuple, frozenset, MappingProxyType, re.Pattern, Path),
+    *(ModuleType, FunctionType, BuiltinFunctionType, type, logging.Logger, functools.partial, TypeVar),
+)
+TYPING = ("typing", "types", "_typing", "collections.abc", "torch", "__future__")
+
+
+def is_constant(name: str, value: object) -> bool:
+    """True for what cannot change, and for dicts in capitals, which test_no_module_keeps_state looks after."""
+    if name == "__all__" or isinstance(value, CONSTANT_TYPES) or type(value).__module__ in TYPING:
+        return True
+    if dataclasses.is_dataclass(value):
+        return bool(getattr(type(value), "__dataclass_params__").frozen)  # noqa: B009  (typeshed does not know it)
+    return isinstance(value, dict) and name.strip("_").isupper()
+
+
+def assigned(name: str) -> Iterator[str]:
+    """The names that the module `name` gives values to, imports and definitions left out."""
+    for node in statements(TREES[name].body):
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        yield from (target.id for target in targets if isinstance(target, ast.Name))
+
+
+def test_what_modules_hold_is_constant() -> None:
+    """The same question to the modules themselves: an object of a class of our own would not show in the source."""
+    found = set()
+    for name in MODULES:
+        module = importlib.import_module(name)
+        found |= {f"{name}.{key}" for key in assigned(name) if not is_constant(key, getattr(module, key, None))}
+    # The process that the SDK starts, and the running job's id.
+    assert found == {"handler.process", "sdxl_worker.logs.current_job"}
 
 
 def test_modules_and_functions_can_be_read_at_one_go() -> None:

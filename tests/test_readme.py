@@ -152,6 +152,20 @@ def test_options_of_the_cache_commands_exist(capsys: pytest.CaptureFixture[str])
     assert used == known - {"--help"}
 
 
+def test_what_is_left_out_of_a_request_of_worker_sdxl() -> None:
+    """The original's defaults are those of its schemas.py; ours are the code's."""
+    original = {"scheduler": "DDIM", "num_inference_steps": 25, "guidance_scale": 7.5}
+    rows = {
+        unquoted(row["What"].removesuffix(" left out")): row for row in readme_table("Coming from worker-sdxl", "What")
+    }
+    for name, value in original.items():
+        assert unquoted(rows[name]["worker-sdxl"]) == str(value)
+        assert unquoted(rows[name]["This worker"]) == str(schemas.INPUT_SCHEMA[name]["default"])
+    example = json.loads((ROOT / "examples" / "worker_sdxl.json").read_text())["input"]
+    assert original.items() <= example.items()
+    assert schemas.INPUT_SCHEMA["strength"]["default"] == float(rows["strength"]["worker-sdxl"])
+
+
 def test_limits_are_those_of_the_schema() -> None:
     limits = {row["What"]: row["Limit"] for row in readme_table("Limits", "What")}
     assert f"{request.MIN_SIDE} to {request.MAX_SIDE}" in limits["Picture"]
