@@ -115,11 +115,24 @@ def _lycoris(tensors: Tensors, weight: torch.Tensor) -> Any:
     return None
 
 
+def _mixed(weight: torch.Tensor, name: str) -> Tensors:
+    """What else occurs: DoRA over other formats, rotations without bound or rescale."""
+    tensors, _ = FORMATS[name][1](weight)
+    if "oft_blocks" in tensors:
+        return {"oft_blocks": tensors["oft_blocks"], "alpha": torch.tensor(0.0)}
+    return tensors | {"dora_scale": 1.0 + lora_files.randn(weight.shape[0], *[1] * (weight.ndim - 1)).abs()}
+
+
 def test_each_format_that_lycoris_has_makes_the_same_change_there(pipeline):
     lacking = set()
-    for name, (module, make) in FORMATS.items():
+    cases = {
+        name: (module, make(pipeline.unet.get_submodule(module).weight)[0]) for name, (module, make) in FORMATS.items()
+    }
+    for name in ("LoHa", "LoKr", "LoHa Tucker", "LoCon Tucker", "LoKr Tucker", "OFT", "OFT convolution"):
+        module = FORMATS[name][0]
+        cases[f"{name}, mixed"] = module, _mixed(pipeline.unet.get_submodule(module).weight, name)
+    for name, (module, tensors) in cases.items():
         weight = pipeline.unet.get_submodule(module).weight
-        tensors, _ = make(weight)
         expected = _lycoris(tensors, weight)
         if expected is None:
             lacking.add(name)
