@@ -4,10 +4,13 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from sdxl_worker.errors import Cancelled, FetchTimeout
 
 TICK_S = 0.1
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -60,22 +63,22 @@ class Budget:
             self.check()
 
 
-def run_within(budget: Budget, work: Callable[[], object]) -> object:
-    """`work()` in a thread that is left behind when the budget ends first, for calls that know no timeout (DNS)."""
-    outcome: list[tuple[object, BaseException | None]] = []
+def run_within(budget: Budget, work: Callable[[], T]) -> T:
+    """`work()` in a thread that is left behind when the budget ends first, for calls that nothing can interrupt."""
+    results: list[T] = []
+    errors: list[BaseException] = []
     done = threading.Event()
 
     def run() -> None:
         try:
-            outcome.append((work(), None))
+            results.append(work())
         except BaseException as error:  # handed to the caller below
-            outcome.append((None, error))
+            errors.append(error)
         done.set()
 
     threading.Thread(target=run, name="bounded-call", daemon=True).start()
     while not done.wait(TICK_S):
         budget.check()
-    value, error = outcome[0]
-    if error is not None:
-        raise error
-    return value
+    if errors:
+        raise errors[0]
+    return results[0]

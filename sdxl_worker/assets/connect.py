@@ -6,6 +6,7 @@ hop by hop instead: resolve_and_validate() decides which addresses are public, P
 those. Environment proxies are never used, since a proxy would resolve the name again.
 """
 
+import functools
 import ipaddress
 import logging
 import os
@@ -139,7 +140,7 @@ def _addresses(url: str, target: Target, budget: Budget) -> list[str]:
     trusted = bool(target.trusted_origin) and _origin(url) == _origin(target.trusted_origin)
     resolve: Callable[[str, int], list[str]] = _resolve if trusted else resolve_and_validate
     try:
-        found: Any = run_within(budget, lambda: resolve(host, port))
+        found = run_within(budget, functools.partial(resolve, host, port))
     except SSRFError as error:
         if "could not resolve" in str(error):
             raise FetchFailed(f"the host of {mask(url)} is not known") from None
@@ -177,12 +178,14 @@ def _get(
         remaining = max(0.1, budget.remaining)
         timeouts = (min(CONNECT_TIMEOUT_S, remaining), min(READ_TIMEOUT_S, remaining))
         try:
-            response = session.get(url, headers=dict(headers), allow_redirects=False, stream=True, timeout=timeouts)
+            get = functools.partial(session.get, headers=dict(headers), allow_redirects=False, stream=True)
+            # A thread: nothing else ends the wait for a connection, or for a handshake, with the job.
+            response = run_within(budget, functools.partial(get, url, timeout=timeouts))
         except requests.ConnectionError as error:
             session.close()
             last_error = error
             continue
-        except requests.RequestException:
+        except BaseException:
             session.close()
             raise
         _close_together(response, session)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import io
 import socket
@@ -12,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import urllib3.util.connection
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from sdxl_worker import errors
-from sdxl_worker.assets import fetch
+from sdxl_worker.assets import connect, fetch
 from sdxl_worker.assets.budget import Budget
 from sdxl_worker.assets.connect import Target
 from sdxl_worker.assets.fetch import fetch_to
@@ -110,6 +112,30 @@ def test_deadline_and_stop_reach_through_tls(server: FileServer, reply: on.Reply
         get(f"https://localhost:{server.server_port}/slow", seconds=0.5)
     with pytest.raises(errors.Cancelled):
         get(f"https://localhost:{server.server_port}/stopped", seconds=600, stop=stop)
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_stopped_job_waits_for_no_connection_and_no_handshake(scheme: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS", "true")
+    monkeypatch.setattr(connect, "CONNECT_TIMEOUT_S", 600.0)
+    stop = threading.Event()
+    create = urllib3.util.connection.create_connection
+
+    def stop_then_create(*arguments: Any, **options: Any) -> socket.socket:
+        stop.set()
+        return create(*arguments, **options)
+
+    monkeypatch.setattr(urllib3.util.connection, "create_connection", stop_then_create)
+    with contextlib.ExitStack() as open_sockets:
+        deaf = open_sockets.enter_context(socket.socket())
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen(0)
+        for _ in range(2 if scheme == "http" else 0):  # its queue is full: the next connection waits
+            waiting = open_sockets.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(deaf.getsockname())
+        with pytest.raises(errors.Cancelled):
+            get(f"{scheme}://127.0.0.1:{deaf.getsockname()[1]}/a", seconds=600, stop=stop)
 
 
 def test_the_next_address_is_tried_when_one_does_not_answer(server: FileServer, monkeypatch: pytest.MonkeyPatch):
