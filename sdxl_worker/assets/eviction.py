@@ -60,7 +60,7 @@ def evict(folder: Path, limit: float, cache: Cache) -> list[Path]:
     """Remove least recently used files until `folder` holds at most `limit` bytes (0 = no limit); gives what went.
 
     What a job of this worker holds, and what anyone used within GRACE_S, stays. Files put there by hand are neither
-    removed nor counted. Other workers may do the same at the same time: a file that is gone already is no error.
+    removed nor counted. Other workers may do the same at the same time: a file that is gone already is not an error.
     """
     if limit <= 0:
         return []

@@ -20,20 +20,20 @@ class _Sum:
         self._on_progress = on_progress
         self._parts: dict[int, tuple[int, int | None]] = {}
         self._lock = threading.Lock()
-        self._told_at = 0.0
+        self._reported_at = 0.0
 
     def part(self, index: int) -> Progress | None:
         if self._on_progress is None:
             return None
-        return lambda done, total: self._tell(index, done, total)
+        return lambda done, total: self._report(index, done, total)
 
-    def _tell(self, index: int, done: int, total: int | None) -> None:
+    def _report(self, index: int, done: int, total: int | None) -> None:
         with self._lock:
             self._parts[index] = (done, total)
             now = time.monotonic()
-            if self._on_progress is None or (done != total and now - self._told_at < PROGRESS_INTERVAL_S):
+            if self._on_progress is None or (done != total and now - self._reported_at < PROGRESS_INTERVAL_S):
                 return
-            self._told_at = now
+            self._reported_at = now
             totals = [part[1] for part in self._parts.values()]
             known = [total for total in totals if total is not None]
             whole = sum(known) if len(known) == len(totals) else None
@@ -81,9 +81,9 @@ def _raise_first(futures: list[Future[AssetFile]], failed: threading.Event) -> N
 def get_what_works(
     references: Sequence[str], get: Callable[[str], AssetFile], on_failure: Callable[[Exception], None]
 ) -> list[AssetFile]:
-    """What `get` gives for each reference, at most MAX_PARALLEL at a time; one that fails is told and left out."""
+    """What `get` gives for each reference, at most MAX_PARALLEL at a time; one that fails is reported and left out."""
 
-    def get_or_tell(reference: str) -> AssetFile | None:
+    def get_or_report(reference: str) -> AssetFile | None:
         try:
             return get(reference)
         except Exception as error:
@@ -93,4 +93,4 @@ def get_what_works(
     if not references:
         return []
     with ThreadPoolExecutor(MAX_PARALLEL, thread_name_prefix="preload") as pool:
-        return [file for file in pool.map(get_or_tell, references) if file is not None]
+        return [file for file in pool.map(get_or_report, references) if file is not None]

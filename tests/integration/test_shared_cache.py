@@ -42,7 +42,7 @@ def race(url: str, processes: int, *options: str) -> list[dict[str, Any]]:
         for process in running:
             process.stdin.write("go\n")
             process.stdin.flush()
-        return [json.loads(process.communicate(timeout=120)[0]) for process in running]
+        return [json.loads(process.communicate(timeout=500)[0]) for process in running]
     finally:
         for process in running:
             process.kill()

@@ -14,7 +14,8 @@ from sdxl_worker.assets import locks
 
 
 def main(url: str, *options: str) -> None:
-    """Everything is imported before "ready", except what only a download needs."""
+    """Everything is imported before "ready", except what only a download needs; nobody loses patience."""
+    locks.PATIENCE_S = 600.0
     if "no-locks" in options:
         for name in ("acquire", "release"):
             setattr(locks.FileLock, name, lambda *_arguments, **_options: None)
