@@ -19,6 +19,7 @@ from sdxl_worker.assets.connect import Target
 from sdxl_worker.assets.kind import Kind
 from sdxl_worker.assets.location import Location
 from sdxl_worker.assets.references import MAX_PART, WEIGHT_SUFFIXES, RemoteReference, hashed_name
+from sdxl_worker.assets.sources.hub_answers import HEADERS, bound_answers
 from sdxl_worker.assets.urls import split_http_url
 from sdxl_worker.errors import AccessDenied, Ambiguous, BadReference, FetchError, FetchFailed, NotFound
 from sdxl_worker.masking import has_query, mask
@@ -123,13 +124,14 @@ def _parse_name(text: str, asked: str, kind: Kind) -> HubReference:
 
 def _locate(reference: HubReference, settings: Settings, budget: Budget) -> Location:
     """The file's address, commit-independent identity (its ETag) and sha256; raises FetchError subclasses."""
-    from huggingface_hub import HfApi, get_hf_file_metadata, get_token, hf_hub_url
+    from huggingface_hub import HfApi, get_hf_file_metadata, get_session, get_token, hf_hub_url
 
+    bound_answers(get_session())
     endpoint = settings.hf_endpoint.rstrip("/")
     token = settings.hf_token or get_token() or False
     path = reference.path
     if not reference.is_file:
-        api = HfApi(endpoint=endpoint, token=token)
+        api = HfApi(endpoint=endpoint, token=token, headers=HEADERS)
         path = choose_file(_ask(reference, budget, lambda: _list_files(api, reference)), reference)
 
     def look_up(path: str) -> tuple[Any, Target]:
