@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import shutil
+import stat
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,10 +50,12 @@ def list_cache(folder: Path) -> list[Listed]:
         if path.suffix not in WEIGHT_SUFFIXES or is_other_name(path):
             continue
         with contextlib.suppress(OSError):
-            stat = path.stat()
+            found_file = path.stat()
+            if not stat.S_ISREG(found_file.st_mode):
+                continue
             read = read_sidecar(path)
             sidecar = read[0] if read is not None else None
-            found.append(Listed(path, stat.st_size, _used_at(read, stat.st_mtime), sidecar))
+            found.append(Listed(path, found_file.st_size, _used_at(read, found_file.st_mtime), sidecar))
     return sorted(found, key=lambda item: item.used_at, reverse=True)
 
 

@@ -9,14 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from sdxl_worker.assets.cache import Cache, Entry
-from sdxl_worker.assets.folder import temporary_file
+from sdxl_worker.assets.folder import not_written, temporary_file
 from sdxl_worker.assets.inspection import check_size, file_sha256, is_pickle, pickle_to_safetensors
 from sdxl_worker.assets.order import Order
 from sdxl_worker.assets.sidecar import Sidecar, fields_from, read_sidecar
 from sdxl_worker.assets.sources import local
 from sdxl_worker.assets.sources.local import CachedReference
 from sdxl_worker.assets.temporary_space import temporary_space
-from sdxl_worker.errors import BadFile, CacheWriteError
+from sdxl_worker.errors import BadFile, CacheWriteError, NotFound
 
 logger = logging.getLogger(__name__)
 
@@ -27,14 +27,14 @@ def open_local_file(reference: CachedReference, order: Order) -> Entry:
     Raises BadReference for a link out of the folder, NotFound, Ambiguous, TooLarge, WrongFile and BadFile.
     """
     found = local.find(reference, order.folder, order.kind)
-    path = order.folder / found.name
-    if path.suffix == ".safetensors":
-        return _checked_entry(path, order)
     try:
-        return _converted_entry(order.folder, found, order)
-    except CacheWriteError as error:
-        logger.warning("%s; using temporary space for the converted %s", error, found.name)
-    return _converted_entry(temporary_space(order.kind), found, order)
+        if found.name.endswith(".safetensors"):
+            return _checked_entry(order.folder / found.name, order)
+        return _converted_entry(found, order)
+    except FileNotFoundError:
+        raise NotFound(f"{found.name} vanished from the {order.kind.name} cache") from None
+    except OSError as error:
+        raise BadFile(f"{found.name} cannot be read ({error.strerror or type(error).__name__})") from error
 
 
 def _checked_entry(path: Path, order: Order) -> Entry:
@@ -59,7 +59,15 @@ def _known_entry(path: Path, cache: Cache) -> Entry | None:
     return cache.look_up(path, read[0].key if read is not None else "")
 
 
-def _converted_entry(folder: Path, reference: CachedReference, order: Order) -> Entry:
+def _converted_entry(reference: CachedReference, order: Order) -> Entry:
+    try:
+        return _converted_in(order.folder, reference, order)
+    except CacheWriteError as error:
+        logger.warning("%s; using temporary space for the converted %s", error, reference.name)
+    return _converted_in(temporary_space(order.kind), reference, order)
+
+
+def _converted_in(folder: Path, reference: CachedReference, order: Order) -> Entry:
     """The safetensors copy, in `folder`, of a .pt or .bin; made anew when that has changed."""
     source, path = order.folder / reference.name, folder / reference.file_name
     found = source.stat()
@@ -73,7 +81,10 @@ def _converted_entry(folder: Path, reference: CachedReference, order: Order) -> 
             pickle_to_safetensors(source, temporary, order.budget)
         else:
             # Somebody renamed a safetensors file; its content is what counts.
-            shutil.copyfile(source, temporary)
+            try:
+                shutil.copyfile(source, temporary)
+            except OSError as error:
+                raise not_written(error) from error
         facts = dict(order.kind.check(temporary))
         if was_pickle:
             facts["autov3"] = source_sha256[:12]  # as others know it

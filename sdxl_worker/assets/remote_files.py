@@ -122,7 +122,10 @@ def _adopted(reference: RemoteReference, path: Path, order: Order) -> Entry | No
     known = read[0] if read is not None and read[0].key == reference.key else None
     if read is not None and known is None:
         return None  # another reference with the same short hash: this one replaces it
-    found, sha256 = path.stat(), file_sha256(path)
+    try:
+        found, sha256 = path.stat(), file_sha256(path)
+    except OSError:  # evicted meanwhile, or not readable
+        return None
     if known is not None and known.sha256 == sha256:
         return order.cache.write_sidecar(path, replace(known, size=found.st_size, mtime_ns=found.st_mtime_ns))
     try:

@@ -174,6 +174,14 @@ def test_odd_sidecars_are_listed_and_verified_as_unchecked(
     assert [verdict for _, verdict in verify(tmp_path)] == ["unchecked"]
 
 
+def test_what_is_not_a_file_is_not_listed(tmp_path: Path):
+    path = put(tmp_path, "pipe", 1)
+    path.unlink()
+    os.mkfifo(path)
+    (tmp_path / "folder.safetensors").mkdir()
+    assert list_cache(tmp_path) == []
+
+
 def test_a_pipe_as_sidecar_holds_nobody_up(tmp_path: Path):
     path = put(tmp_path, "a", 1)
     sidecar_path(path).unlink()

@@ -21,7 +21,7 @@ from safetensors.torch import load, save
 
 from download_weights import download_lora, download_loras
 from sdxl_worker import errors
-from sdxl_worker.assets import fetch, folder, locks
+from sdxl_worker.assets import fetch, folder, locks, remote_files
 from sdxl_worker.assets.asset_file import AssetFile
 from sdxl_worker.assets.eviction import list_cache
 from sdxl_worker.assets.sidecar import read_sidecar, sidecar_path
@@ -191,6 +191,22 @@ def test_a_file_without_its_sidecar_is_checked_and_adopted(server: FileServer, s
     path.write_bytes(LORA[:-100])
     assert not get(url, settings).cached
     assert len(server.requests) == 2
+
+
+def test_a_file_that_vanishes_while_it_is_adopted_is_fetched(
+    server: FileServer, settings: Settings, monkeypatch: pytest.MonkeyPatch
+):
+    url = server.add("/a.safetensors", on.whole(LORA))
+    path = get(url, settings).path
+    sidecar_path(path).unlink()
+    real = remote_files.file_sha256
+
+    def vanish(found: Path) -> str:
+        path.unlink()
+        return real(found)
+
+    monkeypatch.setattr(remote_files, "file_sha256", vanish)
+    assert not get(url, settings).cached
 
 
 def test_another_reference_with_the_same_short_hash_is_not_served(server: FileServer, settings: Settings):

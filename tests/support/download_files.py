@@ -34,7 +34,7 @@ def _noise(generator: np.random.Generator, *shape: int) -> np.ndarray:
 
 def settings_for(folder: Path, **changes: Any) -> Settings:
     """Settings whose cache is `folder`, and whose downloads end soon."""
-    return Settings(**{"lora_cache_dir": folder, "download_timeout": 120.0, **changes})
+    return Settings(**{"lora_cache_dir": folder, "download_timeout": 600.0, **changes})
 
 
 def published(folder: Path) -> list[str]:

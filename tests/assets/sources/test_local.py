@@ -16,6 +16,7 @@ from safetensors.torch import load
 
 from download_weights import download_lora
 from sdxl_worker import errors, kinds
+from sdxl_worker.assets import local_files
 from sdxl_worker.assets.asset_file import AssetFile
 from sdxl_worker.assets.sidecar import read_sidecar
 from sdxl_worker.assets.store import AssetStore
@@ -143,3 +144,21 @@ def test_the_size_limit_holds(tmp_path: Path):
     (tmp_path / "a.safetensors").write_bytes(LORA)
     with pytest.raises(errors.TooLarge):
         get("a", tmp_path, lora_max_mb=0.001)
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pt"])
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [(FileNotFoundError(2, "No such file"), errors.NotFound), (PermissionError(13, "Denied"), errors.BadFile)],
+)
+def test_a_file_that_vanishes_or_may_not_be_read_is_an_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, fault: OSError, error: type[errors.WorkerError]
+):
+    (tmp_path / name).write_bytes(LORA)
+
+    def fail(_path: Path) -> bool:
+        raise fault
+
+    monkeypatch.setattr(local_files, "is_pickle", fail)
+    with pytest.raises(error, match="a"):
+        get("a", tmp_path)
