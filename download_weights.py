@@ -85,13 +85,6 @@ def _configure_logging(secrets: Sequence[str]) -> None:
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
 
 
-def _take_over_hub_log() -> None:
-    """The Hub client writes lines of its own, with signed addresses in them; leave them to our handler."""
-    from huggingface_hub.utils import logging as hub_logging
-
-    hub_logging.get_logger().handlers.clear()
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; the exit status is 0 when everything asked for worked, else 1; a usage error exits with 2."""
     parser = _parser()
@@ -163,7 +156,6 @@ def _progress_bar(name: str) -> Iterator[Callable[[int, int | None], None]]:
 
 
 def _get_loras(options: argparse.Namespace, settings: Settings) -> int:
-    _take_over_hub_log()
     AssetStore(settings).prepare(LORA)
     loras = []
     for reference in options.lora:
@@ -204,7 +196,6 @@ def _verify(options: argparse.Namespace, settings: Settings) -> int:
 
 
 def _get_base_model(options: argparse.Namespace, settings: Settings) -> int:
-    _take_over_hub_log()
     with _progress_bar(mask(settings.model_id)) as update:
         model = find_base_model(settings, on_progress=update)
     vae = None

@@ -39,6 +39,17 @@ def quiet_http_libraries() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
+def take_over_hub_log() -> None:
+    """The Hub client writes lines itself, with signed addresses in them; leave its warnings to the handler that masks.
+
+    Called where it is used, since importing it installs its own handler and HF_HUB_VERBOSITY as its level.
+    """
+    from huggingface_hub.utils import logging as hub_logging
+
+    hub_logging.get_logger().handlers.clear()
+    hub_logging.set_verbosity_warning()
+
+
 class RunPodHandler(logging.Handler):
     """Hands records to the SDK's logger, which writes what RunPod's console reads (text locally, JSON on RunPod)."""
 

@@ -36,7 +36,17 @@ def stand_in() -> Iterator[Hub]:
         yield hub
 
 
-def start(hub: Hub, home: Path, stderr: int) -> subprocess.Popen[str]:
+# A worker that fetches its base model when it starts, with its own log.
+WORKER = (
+    "from sdxl_worker.logs import configure_logging\n"
+    "from sdxl_worker.generate.base_model import find_base_model\n"
+    "from sdxl_worker.settings import Settings\n"
+    "configure_logging([])\n"
+    "find_base_model(Settings.from_environment())\n"
+)
+
+
+def start(hub: Hub, home: Path, stderr: int, *command: str) -> subprocess.Popen[str]:
     """The download of the base model, with every library as talkative as its variables make it."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "LORA_"))}
     settings = {
@@ -48,7 +58,8 @@ def start(hub: Hub, home: Path, stderr: int) -> subprocess.Popen[str]:
         "TQDM_MININTERVAL": "0",  # every step of the bar is drawn
     }
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "download_weights.py")],
+        [sys.executable, *(command or ("download_weights.py",))],
+        cwd=ROOT,
         env=environment | settings,
         stdout=subprocess.PIPE,
         stderr=stderr,
@@ -99,6 +110,15 @@ def test_a_build_log_holds_no_bar_and_no_signature(stand_in: Hub, tmp_path: Path
     assert process.returncode == 0, out
     assert "%" not in out
     assert len(out.splitlines()) <= 6, out
+    assert_discreet(out)
+
+
+def test_a_worker_that_fetches_its_model_shows_no_signature(stand_in: Hub, tmp_path: Path) -> None:
+    stand_in.cdn.add(f"/cdn/{sha256(WEIGHTS[LAST])}", on.cut(WEIGHTS[LAST], 10), on.whole(WEIGHTS[LAST]))
+    process = start(stand_in, tmp_path, subprocess.STDOUT, "-c", WORKER)
+    out, _ = process.communicate()
+    assert process.returncode == 0, out
+    assert "Error while downloading" in out, "the warning itself is there"
     assert_discreet(out)
 
 

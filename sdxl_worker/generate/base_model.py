@@ -16,6 +16,7 @@ from sdxl_worker.errors import FetchError, ModelUnavailable
 from sdxl_worker.generate.checkpoint import find_checkpoint
 from sdxl_worker.generate.repo_progress import reporting_bar
 from sdxl_worker.kinds import CHECKPOINT
+from sdxl_worker.logs import take_over_hub_log
 from sdxl_worker.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -181,6 +182,7 @@ def _download_repo(
 ) -> Path:
     from huggingface_hub import HfApi, get_token, try_to_load_from_cache
 
+    take_over_hub_log()
     endpoint = settings.hf_endpoint.rstrip("/")
     api = HfApi(endpoint=endpoint, token=settings.hf_token or get_token() or False)
 

@@ -22,6 +22,7 @@ from sdxl_worker.assets.references import MAX_PART, WEIGHT_SUFFIXES, RemoteRefer
 from sdxl_worker.assets.sources.hub_answers import HEADERS, bound_answers
 from sdxl_worker.assets.urls import split_http_url
 from sdxl_worker.errors import AccessDenied, Ambiguous, BadReference, FetchError, FetchFailed, NotFound
+from sdxl_worker.logs import take_over_hub_log
 from sdxl_worker.masking import has_query, mask
 from sdxl_worker.settings import Settings
 
@@ -127,6 +128,7 @@ def _locate(reference: HubReference, settings: Settings, budget: Budget) -> Loca
     from huggingface_hub import HfApi, get_hf_file_metadata, get_session, get_token, hf_hub_url
 
     bound_answers(get_session())
+    take_over_hub_log()
     endpoint = settings.hf_endpoint.rstrip("/")
     token = settings.hf_token or get_token() or False
     path = reference.path
