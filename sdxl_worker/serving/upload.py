@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -43,6 +44,9 @@ def upload(encoded: Sequence[EncodedImage], job_id: str, before_each: Callable[[
     # Imported here: it sets up logging and reads the environment.
     from runpod.serverless.utils import rp_upload
 
+    # Cloudflare R2 and some other stores refuse the checksums that boto3 adds since 1.36, R2 as "Unauthorized"; the
+    # helper makes its client itself, which leaves this variable. https://github.com/cloudflare/cloudflare-docs/pull/19236
+    os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
     urls = []
     with tempfile.TemporaryDirectory(prefix="upload_") as folder:
         for index, image in enumerate(encoded):

@@ -96,6 +96,9 @@ def _content(folder: Path, tensors: dict[str, torch.Tensor]) -> bytes:
 def test_without_loras_the_picture_is_that_of_plain_diffusers(api: Api):
     # Two loads of the same weights: 1 of 255 (tests/test_worker.py has the bits, on one load).
     assert np.abs(api.picture() - _plain(api.pipeline)).max() <= 1
+    log = (api.folder / "worker.log").read_text()
+    assert "Loading" not in log
+    assert "HTTP Request" not in log
 
 
 @pytest.mark.parametrize("style", STYLES)
