@@ -52,7 +52,6 @@ def _family(*bases: type[WorkerError]) -> Iterator[type[WorkerError]]:
 LORA = Kind(
     name="LoRA",
     suffixes=(".safetensors", ".pt", ".bin"),
-    sources=("civitai", "hub", "url", "local"),
     folder=lambda settings: settings.lora_cache_dir,
     cache_limit=lambda settings: settings.lora_cache_max_gb * 1e9,
     max_bytes=lambda settings: int(settings.lora_max_mb * 1e6),

@@ -17,8 +17,8 @@ class Kind:
     """One kind of file that references lead to. The kinds there are stand in `sdxl_worker.kinds`.
 
     `name` is what sentences call it; `sources` are the names of the sources that its references may lead to
-    (`assets.sources.SOURCES`); `codes` names the public codes of errors that are this kind's own, where they differ
-    from the error class's.
+    (`assets.sources.SOURCES`; None: all of them); `codes` names the public codes of errors that are this kind's own,
+    where they differ from the error class's.
 
     `folder` is where files are kept (None: nowhere, they are read into memory), `cache_limit` how many bytes the
     worker's own files there may take together (0: no limit). `max_bytes` bounds one file, `timeout_s` one download.
@@ -31,10 +31,10 @@ class Kind:
 
     name: str
     suffixes: tuple[str, ...]
-    sources: tuple[str, ...]
     max_bytes: Callable[[Settings], int]
     timeout_s: Callable[[Settings], float]
     codes: Mapping[type[WorkerError], str]
+    sources: tuple[str, ...] | None = None
     folder: Callable[[Settings], Path] | None = None
     cache_limit: Callable[[Settings], float] = lambda _: 0.0
     check: Callable[[Path], Mapping[str, Any]] = lambda _: {}
@@ -45,6 +45,10 @@ class Kind:
         if self.folder is None:
             raise ValueError(f"a {self.name} is not kept in any folder")
         return self.folder(settings)
+
+    def may_come_from(self, source: str) -> bool:
+        """True when references of this kind may lead to that source."""
+        return self.sources is None or source in self.sources
 
     @property
     def takes_pickles(self) -> bool:

@@ -38,7 +38,7 @@ def parse_reference(text: str, settings: Settings, kind: Kind) -> Reference:
         # Its name in the cache, and whatever says it, would hold a token that was meant for a host.
         raise BadReference(f"the {kind.name} reference {mask(reference)} has a query but no https:// in front of it")
     for name in SOURCES:
-        if name in kind.sources and (parsed := SOURCES[name](reference, settings, kind)) is not None:
+        if kind.may_come_from(name) and (parsed := SOURCES[name](reference, settings, kind)) is not None:
             return parsed
     if re.match(r"[^/]*:", reference):
         raise BadReference(f"the {kind.name} reference {mask(reference)} is neither http nor https, nor a Civitai urn")
