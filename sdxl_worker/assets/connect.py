@@ -71,20 +71,29 @@ class SocketWatch:
         self._budget = budget
         self._sockets: list[socket.socket] = []
         self._finished = threading.Event()
+        self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="socket-watch", daemon=True)
 
     def add(self, connected: socket.socket) -> None:
-        self._sockets.append(connected)
+        """Watch this socket too; one that comes when all is over is shut down at once."""
+        with self._lock:
+            self._sockets.append(connected)
+            if self._finished.is_set():
+                self._shut_down()
 
     def _run(self) -> None:
         while not self._finished.wait(TICK_S):
             if self._budget.is_over:
-                for connected in list(self._sockets):
-                    try:
-                        # The plain socket's method also below TLS: SSLSocket.shutdown would race with the reader.
-                        socket.socket.shutdown(connected, socket.SHUT_RDWR)
-                    except OSError:
-                        logger.debug("the socket was closed already")
+                with self._lock:
+                    self._shut_down()
+
+    def _shut_down(self) -> None:
+        for connected in self._sockets:
+            try:
+                # The plain socket's method also below TLS: SSLSocket.shutdown would race with the reader.
+                socket.socket.shutdown(connected, socket.SHUT_RDWR)
+            except OSError:
+                logger.debug("the socket was closed already")
 
     def __enter__(self) -> "SocketWatch":
         self._thread.start()
@@ -95,6 +104,16 @@ class SocketWatch:
     ) -> None:
         self._finished.set()
         self._thread.join()
+        with self._lock:
+            # A thread that `run_within` left behind may still be reading.
+            self._shut_down()
+
+
+class _OneHop(requests.Session):
+    """A session that leaves a redirect alone: requests would read its whole body, into memory, even unfollowed."""
+
+    def get_redirect_target(self, resp: requests.Response) -> None:
+        return None
 
 
 def open_url(target: Target, headers: Mapping[str, str], budget: Budget, watch: SocketWatch) -> requests.Response:
@@ -169,7 +188,7 @@ def _get(
     last_error: Exception = FetchFailed(f"{mask(url)} has no address")
     for address in addresses:
         budget.check()
-        session = requests.Session()
+        session = _OneHop()
         session.trust_env = False  # no proxies (see above), no .netrc passwords
         session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or True
         adapter = _adapter(address, watch)

@@ -106,6 +106,16 @@ def test_redirects_are_followed_and_bounded(server: FileServer):
         get(server.add("/nowhere", on.redirect("")))
 
 
+def test_the_body_of_a_redirect_is_not_read(server: FileServer):
+    def redirect_that_never_ends(handler: on.Handler) -> None:
+        handler.start(302, location="/file", content_length=1 << 40)
+        while not handler.server.stopping.wait(0.05):
+            handler.wfile.write(b"a")
+
+    server.add("/file", on.whole(CONTENT))
+    assert get(server.add("/a", redirect_that_never_ends)) == CONTENT
+
+
 @pytest.mark.parametrize("location", ["file:///etc/passwd", "ftp://127.0.0.1/x", "http://user:pass@127.0.0.1/x", "//["])
 def test_a_redirect_to_no_plain_url_is_blocked(server: FileServer, location: str):
     with pytest.raises((errors.BlockedAddress, errors.FetchFailed)):
@@ -139,6 +149,24 @@ def test_a_stopped_job_does_not_wait_for_the_server(server: FileServer, reply: o
     url = server.add("/a", stop_then_reply)
     with pytest.raises(errors.Cancelled):
         fetch_bytes(Target(url), max_bytes=1 << 24, budget=Budget.start(600, stop.is_set))
+
+
+def test_a_stopped_job_hangs_up(server: FileServer):
+    stop, gone = threading.Event(), threading.Event()
+
+    def headers_without_end(handler: on.Handler) -> None:
+        stop.set()
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+        try:
+            while not handler.server.stopping.wait(0.05):
+                handler.wfile.write(b"a")
+        except OSError:
+            gone.set()
+
+    target = Target(server.add("/a", headers_without_end))
+    with pytest.raises(errors.Cancelled):
+        fetch_bytes(target, max_bytes=1 << 24, budget=Budget.start(600, stop.is_set))
+    assert gone.wait(25)  # less than the 30 s after which no byte would end the wait
 
 
 def test_a_read_timeout_is_a_timeout(server: FileServer, monkeypatch: pytest.MonkeyPatch):
