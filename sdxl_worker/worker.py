@@ -120,7 +120,7 @@ class Worker:
     def close(self) -> None:
         """Let go of the pipeline and all that was read for it; the next job would load it again."""
         with self._lock:
-            self._pipeline = None
+            self._pipeline = self._model_hash = None
             self._engines.clear()
         gc.collect()
 
