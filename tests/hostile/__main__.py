@@ -20,7 +20,8 @@ os.environ.update(HF_HUB_OFFLINE="1", DIFFUSERS_VERBOSITY="error", TRANSFORMERS_
 import torch
 from tqdm import tqdm
 
-from tests.hostile.arena import Arena, Hung, Result, resident_mb, settle_memory
+from tests.hostile.arena import Arena, Hung, Result
+from tests.hostile.measure import resident_mb, settle_memory
 
 USABLE_EVERY = 25
 # Libraries are loaded and caches filled by then: what comes on top is growth.
@@ -62,7 +63,8 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 def _long_run(arena: Arena, seed: int, seconds: float, families: tuple[str, ...]) -> dict[str, Any]:
     results: list[Result] = []
     broken: list[str] = []
-    hung, base = "", 0.0
+    hung = ""
+    memory: list[int] = []
     start = time.monotonic()
     with tqdm(total=round(seconds), unit="s", desc=f"seed {seed}", dynamic_ncols=True) as bar:
         while not hung and time.monotonic() - start < seconds:
@@ -77,13 +79,13 @@ def _long_run(arena: Arena, seed: int, seconds: float, families: tuple[str, ...]
             broken += [f"--seed {seed} --only {family}:{index}: {result.what}: {rule}" for rule in result.broken]
             if len(results) % USABLE_EVERY == 0:
                 broken += [f"after {family}:{index}: {rule}" for rule in arena.check_usable()]
-            if len(results) == WARM_UP:
+            if len(results) % WARM_UP == 0:
                 settle_memory()
-                base = resident_mb()
+                memory.append(round(resident_mb()))
             bar.set_postfix(cases=len(results), broken=len(broken), refresh=False)
             bar.update(min(round(time.monotonic() - start), bar.total) - bar.n)
     settle_memory()
-    growth = resident_mb() - base if base else 0.0
+    growth = resident_mb() - memory[0] if memory else 0.0
     if growth > GROWTH_LIMIT_MB:
         broken.append(f"the process grew by {growth:.0f} MB after the first {WARM_UP} cases")
     return {
@@ -91,6 +93,7 @@ def _long_run(arena: Arena, seed: int, seconds: float, families: tuple[str, ...]
         "minutes": round((time.monotonic() - start) / 60, 2),
         "cases": len(results),
         "growth_mb": round(growth, 1),
+        "memory_mb": memory,
         "hung": hung,
         "families": {family: _summary([r for r in results if r.family == family]) for family in families},
         "broken": broken,
