@@ -118,4 +118,5 @@ def _fetched_as(stem: str, folder: Path) -> list[str]:
         names = os.listdir(folder)
     except OSError:
         return []
-    return sorted(name for name in names if (found := _FETCHED.fullmatch(name)) and found["readable"] in wanted)
+    named = [name for name in names if (found := _FETCHED.fullmatch(name)) and found["readable"] in wanted]
+    return sorted(name for name in named if os.path.isfile(folder / name) and not os.path.islink(folder / name))

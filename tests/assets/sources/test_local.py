@@ -134,6 +134,10 @@ def test_links_out_of_the_folder_are_refused(tmp_path: Path):
     os.mkfifo(folder / "pipe.safetensors")
     with pytest.raises(errors.BadReference):
         get("pipe", folder)
+    os.mkfifo(folder / "0123456789ab_fetched.safetensors")
+    (folder / "ba9876543210_fetched.safetensors").symlink_to(outside)
+    with pytest.raises(errors.NotFound):
+        get("fetched", folder)
     (folder / "sub" / "real.safetensors").write_bytes(LORA)
     (folder / "inside.safetensors").symlink_to(folder / "sub" / "real.safetensors")
     assert get("inside", folder).sha256 == sha256(LORA)
