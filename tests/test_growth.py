@@ -123,8 +123,6 @@ SOURCE = (
             "from sdxl_worker.assets.sources import mirror\n",
             "from sdxl_worker.errors",
         ),
-        # Which kinds may be had from there is said by the kinds.
-        Edit("sdxl_worker/kinds.py", '"mirror", ', '"civitai", "hub", "url", "local"'),
     ],
     """
     from sdxl_worker.assets.sources import parse_reference
