@@ -63,7 +63,10 @@ def read_input_image(data: bytes, check_stop: Callable[[], None] | None = None) 
         _check_bounds(image)
         file.pixels_follow()
         image.load()
-        return _eight_bit(_upright(image)).convert("RGB")
+        picture = _eight_bit(_upright(image)).convert("RGB")
+        # A colour profile, a transparency or a place on earth would be saved with the answer of strength 0.
+        picture.info.clear()
+        return picture
     except WorkerError:
         raise
     except Image.DecompressionBombError:

@@ -25,6 +25,20 @@ def _values(data: bytes) -> list[int]:
     return np.asarray(read_input_image(data))[0, :, 0].tolist()
 
 
+@pytest.mark.parametrize("format_name", ["PNG", "WEBP", "JPEG"])
+def test_nothing_but_pixels_is_taken(format_name: str):
+    exif = Image.Exif()
+    exif[0x010E] = "taken at home"
+    grey = {"transparency": 3, "gamma": 0.5} if format_name == "PNG" else {}
+    read = read_input_image(
+        saved(NOISE.convert("L"), format_name, exif=exif, icc_profile=b"profile", dpi=(9, 9), **grey)
+    )
+    assert read.info == {}
+    assert dict(read.getexif()) == {}
+    assert b"taken at home" not in saved(read, format_name)
+    assert b"tRNS" not in saved(read, "PNG")
+
+
 @pytest.mark.parametrize("orientation", range(10))
 @pytest.mark.parametrize("format_name", ["PNG", "JPEG", "TIFF"])
 def test_a_picture_is_turned_upright_and_made_rgb(format_name: str, orientation: int):
