@@ -96,7 +96,9 @@ def configure_logging(secrets: Sequence[str]) -> None:
         sys.stdout.reconfigure(line_buffering=True, write_through=False)
     if not {"RUNPOD_LOG_LEVEL", "RUNPOD_DEBUG_LEVEL"} & os.environ.keys():
         RunPodLogger.level = "INFO"
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # diffusers warns of a prompt that is cut off with the whole prompt; the answer's `warnings` say it in a sentence.
+    for library in ("TRANSFORMERS", "DIFFUSERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     logging.basicConfig(level=logging.WARNING, handlers=[RunPodHandler(secrets)], force=True)
     for name in ("handler", "sdxl_worker", "download_weights"):
         logging.getLogger(name).setLevel(logging.INFO)

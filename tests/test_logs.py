@@ -2,6 +2,9 @@
 
 import json
 import logging
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -85,3 +88,15 @@ def test_a_plain_message_is_a_line_of_its_own(capsys: pytest.CaptureFixture[str]
         assert (read["requestId"], read["level"]) == ("job-1", "INFO")
         read = json.loads(read["message"])
     assert read == {"job": "job-1", "loras": [f"https://a.b/{number}?***" for number in range(200)]}
+
+
+def test_a_prompt_that_diffusers_cuts_off_is_not_in_the_log():
+    code = """
+from sdxl_worker.logs import configure_logging
+configure_logging(())
+from diffusers.utils import logging
+logging.get_logger("diffusers.pipelines.stable_diffusion_xl").warning("The following part was truncated: a secret wish")
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("_VERBOSITY")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert "a secret wish" not in done.stdout + done.stderr
