@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,16 @@ from tests.support.http_server import FileServer, sha256
 
 LORA, OTHER = lora_bytes(1), lora_bytes(2)
 ROOT = Path(download_weights.__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def root_logger() -> Iterator[None]:
+    """The command line configures the log of its process; here the process is that of the tests."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 @pytest.fixture
