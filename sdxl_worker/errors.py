@@ -14,7 +14,7 @@ WorkerError
 │   ├── TooLarge              over the size limit of its kind
 │   └── CacheWriteError       worker's side: the cache folder cannot be written
 ├── AssetFileError        a local file is not what its kind has to be
-│   ├── WrongFile             another kind of file (an HTML page, a checkpoint, ...)
+│   ├── WrongFile             a web page came instead, or a file without tensors
 │   ├── BadFile               broken, hostile, or holds NaN
 │   └── LoraIncompatible      made for another base model, or does not fit the modules
 ├── GenerationError       rendering failed
@@ -135,7 +135,7 @@ class AssetFileError(WorkerError):
 
 
 class WrongFile(AssetFileError):
-    """The file is of another kind: an HTML page, a whole checkpoint, a text file."""
+    """A web page came instead of the file, or a file without tensors."""
 
     code = "WRONG_FILE"
 

@@ -114,7 +114,7 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def _sorted_keys(header: Header) -> FileKeys:
-    """The tensor names by module. Raises LoraIncompatible for what is no LoRA, before a tensor is touched."""
+    """The tensor names by module. Raises LoraIncompatible for what is not a LoRA, before a tensor is touched."""
     keys = sort_keys(header.entries)
     if empty := next((name for name, shape in header.shapes.items() if 0 in shape), None):
         raise LoraIncompatible(f"the tensor {clean_text(empty)!r} is empty")

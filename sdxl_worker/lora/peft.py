@@ -9,7 +9,7 @@ from typing import Any
 from sdxl_worker.lora.keys import MAX_NAME, alias_of
 from sdxl_worker.lora.metadata import is_number, json_object
 
-# Entries of an `alpha_pattern`; SDXL has about a thousand modules. A longer one is no adapter's, and is left out.
+# Entries of an `alpha_pattern`; SDXL has about a thousand modules. A longer one is not an adapter's, and is left out.
 MAX_PATTERN = 30_000
 
 

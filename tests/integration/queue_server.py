@@ -84,7 +84,7 @@ class QueueServer(ThreadingHTTPServer):
         self.server_close()
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A worker that goes away is no error of the test."""
+        """A worker that goes away is not an error of the test."""
 
     def environment(self, worker: str) -> dict[str, str]:
         """What RunPod sets for a worker of this queue."""
@@ -202,7 +202,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         raw = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         call, worker, job = self._parts()
-        # json.loads takes NaN, which is no JSON.
+        # json.loads takes NaN, which is not JSON.
         body = json.loads(raw.decode("utf-8"), parse_constant=lambda name: f"not JSON: {name}")
         is_progress = call == "job-done" and isinstance(body, dict) and body.get("status") == "IN_PROGRESS"
         kind = "stream" if call == "job-stream" else "progress" if is_progress else "done"

@@ -79,7 +79,7 @@ class FileServer(ThreadingHTTPServer):
         return accepted
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that goes away is no error of the test."""
+        """A client that goes away is not an error of the test."""
 
     @property
     def origin(self) -> str:
