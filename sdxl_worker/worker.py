@@ -131,7 +131,9 @@ class Worker:
             Mode.LOCAL: BarProgress,
             Mode.PRODUCTION: lambda: RunPodProgress(job),
         }
-        job_id = str(job.get("id") or "local")
+        job_id = job.get("id")
+        # RunPod's is a string; the text of another value could be of any size, or too deep to be made.
+        job_id = job_id if isinstance(job_id, str) and job_id else "local"
         return JobRun(job_id, self.turns.ticket(), reporters.get(self.mode, NoProgress)())
 
     def answer_limit(self, job_id: str) -> int | None:

@@ -389,3 +389,12 @@ def test_close_lets_go_of_the_pipeline_and_its_engine(tmp_path):
     held = weakref.ref(worker.pipeline)
     worker.close()
     assert held() is None
+
+
+@pytest.mark.parametrize("job_id", [None, 3, "", [], {"a": "b"}, "x" * 100_000, "deep"])
+def test_an_odd_job_id_does_no_harm(worker, job_id):
+    if job_id == "deep":
+        job_id = []
+        for _ in range(20_000):
+            job_id = [job_id]
+    assert "images" in worker.run({"id": job_id, "input": SMALL})

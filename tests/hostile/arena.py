@@ -145,6 +145,8 @@ class Arena:
             except NotInTime:
                 faulthandler.dump_traceback()
                 raise Hung(f"{family} {index} has run for {HANG_LIMIT_S:g} s: {case.what}") from None
+            except Exception as error:  # Worker.run never raises
+                answer, asleep = {"error": f"INTERNAL: raised {error!r}"}, 0.0
         cpu, wall, peak = time.process_time() - cpu, time.monotonic() - wall, peak_mb() - before
         for name in case.by_hand:
             (folder / name).unlink(missing_ok=True)
