@@ -18,6 +18,10 @@ MAX_GUIDANCE = 100.0
 MAX_IMAGES = 4
 MAX_SEED = 2**64 - 1
 MAX_LORAS = 32
+PROMPT_SYNTAXES = ("plain", "a1111")
+EMPHASIS_RULES = ("original", "no_norm", "comfyui")
+# As Civitai counts: SDXL itself reads the layer before the last, and CLIP-L has twelve.
+DEFAULT_CLIP_SKIP, MAX_CLIP_SKIP = 2, 12
 OUTPUT_FORMATS = ("png", "jpeg", "webp", "auto")
 # A random seed that every JSON reader takes without rounding.
 RANDOM_SEED_BITS = 32
@@ -126,6 +130,10 @@ class GenerationRequest:
 
     prompt: str = _input(text(MAX_PROMPT_CHARACTERS))
     negative_prompt: str | None = _input(or_null(text(MAX_PROMPT_CHARACTERS)), None)
+    prompt_syntax: str | None = _input(or_null(choice(PROMPT_SYNTAXES)), None)
+    prompt_emphasis: str = _input(choice(EMPHASIS_RULES), "original")
+    clip_skip: int = _input(whole(1, MAX_CLIP_SKIP), DEFAULT_CLIP_SKIP)
+    inspect_prompt: bool = _input(switch(), False)
     height: int = _input(whole(MIN_SIDE, MAX_SIDE, SIDE_STEP), 1024)
     width: int = _input(whole(MIN_SIDE, MAX_SIDE, SIDE_STEP), 1024)
     seed: int = _input(or_null(whole(-1, MAX_SEED)), None, _seed)

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
 
-from sdxl_worker.checks import Check, number, text, url, whole
+from sdxl_worker.checks import Check, choice, number, text, url, whole
+from sdxl_worker.request import PROMPT_SYNTAXES
 
 # Linux does not pass longer variables to a process.
 _TEXT = text(2**17)
@@ -33,6 +34,9 @@ class Settings:
         "MODEL_ID", "stabilityai/stable-diffusion-xl-base-1.0", "base model: Hub repo id, local folder or file, or tiny"
     )
     vae_id: str = _variable("VAE_ID", "madebyollin/sdxl-vae-fp16-fix", "VAE used on GPU; empty = the model's own")
+    prompt_syntax: str = _variable(
+        "PROMPT_SYNTAX", "plain", "how prompts are read that do not say it: plain or a1111", choice(PROMPT_SYNTAXES)
+    )
     lora_cache_dir: Path = _variable("LORA_CACHE_DIR", Path("/models/loras"), "the hash-keyed LoRA cache")
     lora_preload: str = _variable("LORA_PRELOAD", "", "comma-separated LoRA references made ready before the first job")
     lora_cache_max_gb: float = _variable(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
 import logging
@@ -209,7 +210,10 @@ class Worker:
         with run.measure("validating"):
             request = validate_request(raw_input)
             bucket_is_configured(self.settings)
+        if request.prompt_syntax is None:
+            request = dataclasses.replace(request, prompt_syntax=self.settings.prompt_syntax)
         pipeline = self.pipeline
+        prompt_warnings = prompts.examined(pipeline, request)
         image = fetch_input_image(request.image_url, self.assets, run) if request.image_url else None
         ready = self._ready_loras(pipeline, request.loras, run) if request.loras else []
         pictures, applied = self._draw(pipeline, request, ready, image, run)
@@ -217,7 +221,7 @@ class Worker:
         pairs = list(zip(ready, applied, strict=True))
         if request.loras_requested:
             answer["loras"] = [lora.as_json(done) for lora, done in pairs]
-        warnings = [*request.warnings, *prompts.unread(pipeline, request)]
+        warnings = [*request.warnings, *prompt_warnings]
         warnings += [line for lora, done in pairs for line in lora.warnings(done)]
         limit = self.answer_limit(run.job_id)
         room = None if limit is None else limit - json_size({**answer, "warnings": warnings})

@@ -1,13 +1,21 @@
-"""A request's prompts as arguments of a diffusers call."""
+"""A request's prompts as arguments of a diffusers call, and what to tell about them."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sdxl_worker.request import GenerationRequest
+import torch
+
+from sdxl_worker.errors import InvalidRequest
+from sdxl_worker.prompts.encode import Encoded, check_layer, encode
+from sdxl_worker.prompts.notes import misread, not_used, unread
+from sdxl_worker.prompts.reading import ReadPrompt, read, tokenizers_of
+from sdxl_worker.prompts.vectors import NO_EMBEDDINGS, Embeddings
+from sdxl_worker.request import DEFAULT_CLIP_SKIP, GenerationRequest
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
@@ -15,34 +23,95 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the pictures of one request are conditioned on."""
+    """What the pictures of one request are conditioned on: a diffusers call's arguments, each for one picture."""
 
-    prompt: str
-    negative_prompt: str | None
+    values: Mapping[str, str | torch.Tensor | None]
 
     def arguments(self, pictures: int) -> dict[str, Any]:
-        """The keyword arguments that give a batch of `pictures` this conditioning.
+        """The keyword arguments that give a batch of `pictures` this conditioning."""
+        return {name: _times(value, pictures) for name, value in self.values.items()}
 
-        A negative prompt of None stays None: SDXL then takes zeros, and not what "" is encoded to
-        (`force_zeros_for_empty_prompt` in the model's config).
-        """
-        negative = None if self.negative_prompt is None else [self.negative_prompt] * pictures
-        return {"prompt": [self.prompt] * pictures, "negative_prompt": negative}
+
+def _times(value: str | torch.Tensor | None, pictures: int) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.repeat(pictures, *[1] * (value.ndim - 1))
+    return None if value is None else [value] * pictures
 
 
 @contextlib.contextmanager
-def applied(_pipeline: StableDiffusionXLPipeline, request: GenerationRequest) -> Iterator[Conditioning]:
-    """The request's conditioning, with the pipeline changed as it takes for as long as the context lasts."""
-    yield Conditioning(request.prompt, request.negative_prompt)
+def applied(
+    pipeline: StableDiffusionXLPipeline, request: GenerationRequest, embeddings: Embeddings = NO_EMBEDDINGS
+) -> Iterator[Conditioning]:
+    """The request's conditioning, with the pipeline changed as it takes for as long as the context lasts.
+
+    Prompts that diffusers reads the same way are left to it, to the bit. A negative prompt of None stays None: SDXL
+    then takes zeros, and not what "" is encoded to (`force_zeros_for_empty_prompt` in the model's config). Has to be
+    entered when the LoRAs are in place: the text encoders' count. Raises InvalidRequest.
+    """
+    prompt, negative = read_prompts(pipeline, request, embeddings)
+    as_stock = {"prompt": prompt.as_stock, "negative_prompt": None if negative is None else negative.as_stock}
+    both_stock = as_stock["prompt"] is not None and (negative is None or as_stock["negative_prompt"] is not None)
+    if both_stock and request.clip_skip == DEFAULT_CLIP_SKIP:
+        yield Conditioning(as_stock)
+        return
+    if negative is None and not pipeline.config.force_zeros_for_empty_prompt:
+        negative = read("", _syntax(request), tokenizers_of(pipeline), embeddings)
+    positive, other = _encoded(pipeline, request, prompt, negative)
+    yield Conditioning(
+        {
+            "prompt_embeds": positive.states,
+            "pooled_prompt_embeds": positive.pooled,
+            "negative_prompt_embeds": other.states,
+            "negative_pooled_prompt_embeds": other.pooled,
+        }
+    )
 
 
-def unread(pipeline: StableDiffusionXLPipeline, request: GenerationRequest) -> list[str]:
-    """A sentence for each prompt that is longer than the text encoders read: diffusers cuts it off silently."""
+def examined(
+    pipeline: StableDiffusionXLPipeline, request: GenerationRequest, embeddings: Embeddings = NO_EMBEDDINGS
+) -> list[str]:
+    """A sentence for each thing in the prompts that has no effect or not the one that it looks like.
+
+    Raises InvalidRequest, as `applied` will, before anything is downloaded or changed.
+    """
+    read_prompts(pipeline, request, embeddings)
     sentences = []
-    limit = pipeline.tokenizer.model_max_length
-    for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
-        tokens = len(pipeline.tokenizer(text or "", verbose=False).input_ids)
-        if tokens > limit:
-            # Two of the places are taken by the start and the end of the text.
-            sentences.append(f"{name} has {tokens - 2} tokens; the model reads the first {limit - 2}")
+    for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt or "")):
+        if _syntax(request) == "plain":
+            sentences += [*unread(name, text, pipeline.tokenizer), *misread(name, text)]
+        else:
+            sentences += not_used(name, text)
     return sentences
+
+
+def read_prompts(
+    pipeline: StableDiffusionXLPipeline, request: GenerationRequest, embeddings: Embeddings
+) -> tuple[ReadPrompt, ReadPrompt | None]:
+    """Prompt and negative prompt; raises InvalidRequest, naming the field at fault."""
+    check_layer(pipeline, request.clip_skip)
+    tokenizers, syntax = tokenizers_of(pipeline), _syntax(request)
+    found: list[ReadPrompt | None] = []
+    for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
+        try:
+            found.append(None if text is None else read(text, syntax, tokenizers, embeddings))
+        except InvalidRequest as error:
+            raise InvalidRequest(f"{name} {error}") from None
+    prompt, negative = found
+    assert prompt is not None
+    return prompt, negative
+
+
+def _syntax(request: GenerationRequest) -> str:
+    return request.prompt_syntax or "plain"
+
+
+def _encoded(
+    pipeline: StableDiffusionXLPipeline, request: GenerationRequest, prompt: ReadPrompt, negative: ReadPrompt | None
+) -> tuple[Encoded, Encoded]:
+    """Both prompts, in the same length: the least common multiple of their chunks."""
+    both = [prompt] if negative is None else [prompt, negative]
+    positive, *rest = encode(pipeline, both, request.prompt_emphasis, request.clip_skip)
+    if negative is None:
+        return positive, positive.zeroed()
+    length = math.lcm(prompt.length, negative.length)
+    return positive.repeated(length // prompt.length), rest[0].repeated(length // negative.length)

@@ -17,14 +17,14 @@ from sdxl_worker.request import GenerationRequest
     ],
 )
 def test_an_ordinary_prompt_fits(prompt: str, pipeline):
-    assert prompts.unread(pipeline, GenerationRequest(prompt, "blurry, low quality, watermark, text")) == []
+    assert prompts.examined(pipeline, GenerationRequest(prompt, "blurry, low quality, watermark, text")) == []
     assert len(pipeline.tokenizer(prompt).input_ids) < 0.7 * len(prompt)
 
 
 def test_a_prompt_that_is_cut_off_is_named(pipeline):
     # One token per character with the tiny tokenizer, the spaces left out.
-    assert prompts.unread(pipeline, GenerationRequest("a" * 75)) == []
-    assert prompts.unread(pipeline, GenerationRequest("a" * 76, "b " * 100)) == [
+    assert prompts.examined(pipeline, GenerationRequest("a" * 75)) == []
+    assert prompts.examined(pipeline, GenerationRequest("a" * 76, "b " * 100)) == [
         "prompt has 76 tokens; the model reads the first 75",
         "negative_prompt has 100 tokens; the model reads the first 75",
     ]

@@ -1,0 +1,55 @@
+"""What a caller should know about how a prompt was read."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from sdxl_worker.errors import InvalidRequest
+from sdxl_worker.prompts.parse import BREAK, ParsedPrompt, parse
+from sdxl_worker.text import shown
+
+_ESCAPED = re.compile(r"\\[()\[\]]")
+
+
+def unread(name: str, text: str, tokenizer: Any) -> list[str]:
+    """That the prompt is longer than a text encoder reads: diffusers cuts it off silently."""
+    limit = tokenizer.model_max_length
+    tokens = len(tokenizer(text, verbose=False).input_ids)
+    # Two of the places are taken by the start and the end of the text.
+    return [f"{name} has {tokens - 2} tokens; the model reads the first {limit - 2}"] if tokens > limit else []
+
+
+def misread(name: str, text: str) -> list[str]:
+    """That a prompt which is read as plain text was written for AUTOMATIC1111's syntax, and where it shows."""
+    try:
+        parsed = parse(text, "a1111")
+    except InvalidRequest:
+        found = ["emphasis"]
+    else:
+        found = [*_emphasis(parsed), *_breaks(parsed), *[f"the tag {shown(tag.text)}" for tag in parsed.tags[:1]]]
+    if escaped := _ESCAPED.search(text):
+        found.append(f"the escaped bracket {escaped[0]}")
+    if not found:
+        return []
+    return [f'{name} holds {", ".join(found)}, read as plain words; set prompt_syntax to "a1111" for its meaning']
+
+
+def not_used(name: str, text: str) -> list[str]:
+    """What of the a1111 syntax stands in the prompt and has no effect, or not the one it looks like."""
+    parsed = parse(text, "a1111")
+    sentences = [f"{name}: {shown(tag.text)} is not supported and was left out" for tag in parsed.tags]
+    if any(BREAK in piece.text and not piece.is_break and piece.weight != 1 for piece in parsed.pieces):
+        sentences.append(f"{name}: BREAK inside of brackets is read as a word, as AUTOMATIC1111 does; put it outside")
+    return sentences
+
+
+def _emphasis(parsed: ParsedPrompt) -> list[str]:
+    for piece in parsed.pieces:
+        if piece.weight != 1 and not piece.is_break:
+            return [f"emphasis ({shown(piece.text.strip())} with weight {piece.weight:.4g})"]
+    return []
+
+
+def _breaks(parsed: ParsedPrompt) -> list[str]:
+    return [BREAK] if any(piece.is_break for piece in parsed.pieces) else []

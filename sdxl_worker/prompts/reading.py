@@ -1,0 +1,58 @@
+"""A prompt's text -> what both text encoders will be given, found with their tokenizers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sdxl_worker.errors import InvalidRequest
+from sdxl_worker.prompts.chunks import CHUNK_PLACES, Chunk, chunks_of, first_chunk, items_of
+from sdxl_worker.prompts.parse import ParsedPrompt, parse
+from sdxl_worker.prompts.vectors import ENCODERS, Embeddings
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionXLPipeline
+
+MAX_CHUNKS = 20
+
+
+@dataclass(frozen=True)
+class ReadPrompt:
+    """The pieces of a prompt, and its chunks by text encoder: as many for each of them."""
+
+    parsed: ParsedPrompt
+    chunks: Mapping[str, tuple[Chunk, ...]]
+
+    @property
+    def length(self) -> int:
+        """How many chunks."""
+        return len(self.chunks[ENCODERS[0]])
+
+    @property
+    def as_stock(self) -> str | None:
+        """The text that diffusers reads to the same effect; None when it cannot."""
+        vectors = any(item.vectors for chunks in self.chunks.values() for chunk in chunks for item in chunk.items)
+        return self.parsed.pieces[0].text if self.parsed.is_plain and self.length == 1 and not vectors else None
+
+
+def tokenizers_of(pipeline: StableDiffusionXLPipeline) -> dict[str, Any]:
+    """Each text encoder's tokenizer, by the encoder's name."""
+    return dict(zip(ENCODERS, (pipeline.tokenizer, pipeline.tokenizer_2), strict=True))
+
+
+def read(text: str, syntax: str, tokenizers: Mapping[str, Any], embeddings: Embeddings) -> ReadPrompt:
+    """`text` under `syntax`: "plain" keeps what fits into one chunk, as diffusers does; "a1111" keeps all.
+
+    Raises InvalidRequest when it takes more than 20 chunks.
+    """
+    parsed = parse(text, syntax)
+    chunks = {}
+    for encoder, tokenizer in tokenizers.items():
+        items = items_of(parsed.pieces, tokenizer, encoder, embeddings)
+        chunks[encoder] = first_chunk(items) if syntax == "plain" else chunks_of(items, tokenizer)
+    length = max(map(len, chunks.values()))
+    if length > MAX_CHUNKS:
+        raise InvalidRequest(f"takes {length} chunks of {CHUNK_PLACES} tokens and may take at most {MAX_CHUNKS}")
+    # SDXL's two tokenizers give the same; where a checkpoint's do not, the shorter one has nothing more to say.
+    return ReadPrompt(parsed, {name: (*found, *[Chunk()] * (length - len(found))) for name, found in chunks.items()})
