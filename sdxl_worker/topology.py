@@ -92,17 +92,23 @@ def build_sdxl(
             unet, vae = _unet(size), _vae(size)
             text_encoder = CLIPTextModel(_text_config(size, size.text, "quick_gelu"))
             text_encoder_2 = CLIPTextModelWithProjection(_text_config(size, size.text_2, "gelu"))
+    tokenizer, tokenizer_2 = tokenizers()
     pipeline = StableDiffusionXLPipeline(
         vae=vae,
         text_encoder=text_encoder,
         text_encoder_2=text_encoder_2,
-        tokenizer=_tokenizer("<|endoftext|>"),
-        tokenizer_2=_tokenizer("!"),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer_2,
         unet=unet,
         scheduler=EulerDiscreteScheduler(**SCHEDULER_CONFIG),
         add_watermarker=False,
     )
     return pipeline.to(device)
+
+
+def tokenizers() -> tuple[CLIPTokenizer, CLIPTokenizer]:
+    """The tokenizers of both text encoders; they differ in their padding, as SDXL's do."""
+    return _tokenizer("<|endoftext|>"), _tokenizer("!")
 
 
 def structure(size: SdxlSize) -> dict[str, torch.nn.Module]:

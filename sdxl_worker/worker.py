@@ -214,6 +214,10 @@ class Worker:
             request = dataclasses.replace(request, prompt_syntax=self.settings.prompt_syntax)
         pipeline = self.pipeline
         prompt_warnings = prompts.examined(pipeline, request)
+        if request.inspect_prompt:
+            inspected = prompts.inspection(request, prompts.tokenizers_of(pipeline))
+            told = [*request.warnings, *prompt_warnings]
+            return {**inspected, "warnings": told} if told else inspected
         image = fetch_input_image(request.image_url, self.assets, run) if request.image_url else None
         ready = self._ready_loras(pipeline, request.loras, run) if request.loras else []
         pictures, applied = self._draw(pipeline, request, ready, image, run)

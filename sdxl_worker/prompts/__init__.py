@@ -21,7 +21,9 @@ Tags: under a1111 `parse` takes `<lora:...>`, `<lyco:...>` and `<hypernet:...>` 
 """
 
 from sdxl_worker.prompts.conditioning import Conditioning, applied, examined
+from sdxl_worker.prompts.inspect import inspection
 from sdxl_worker.prompts.parse import ParsedPrompt, Piece, Tag, parse
+from sdxl_worker.prompts.reading import tokenizers_of
 from sdxl_worker.prompts.vectors import NO_EMBEDDINGS, Embeddings, Vectors
 
 __all__ = [
@@ -34,5 +36,7 @@ __all__ = [
     "Vectors",
     "applied",
     "examined",
+    "inspection",
     "parse",
+    "tokenizers_of",
 ]

@@ -131,7 +131,7 @@ class _Filling:
     def make_room(self, places: int) -> None:
         """End the chunk when it has no room for so many more."""
         if places > CHUNK_PLACES:
-            raise InvalidRequest(f"an embedding of {places} vectors does not fit into a chunk of {CHUNK_PLACES} tokens")
+            raise InvalidRequest(f"holds an embedding of {places} vectors, of which at most {CHUNK_PLACES} can be used")
         if self.places + places > CHUNK_PLACES:
             self.end_chunk()
 

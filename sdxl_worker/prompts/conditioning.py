@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sdxl_worker.errors import InvalidRequest
 from sdxl_worker.prompts.encode import Encoded, check_layer, encode
-from sdxl_worker.prompts.notes import misread, not_used, unread
-from sdxl_worker.prompts.reading import ReadPrompt, read, tokenizers_of
+from sdxl_worker.prompts.notes import notes_on
+from sdxl_worker.prompts.reading import ReadPrompt, read, read_prompts, tokenizers_of
 from sdxl_worker.prompts.vectors import NO_EMBEDDINGS, Embeddings
 from sdxl_worker.request import DEFAULT_CLIP_SKIP, GenerationRequest
 
@@ -48,14 +47,15 @@ def applied(
     then takes zeros, and not what "" is encoded to (`force_zeros_for_empty_prompt` in the model's config). Has to be
     entered when the LoRAs are in place: the text encoders' count. Raises InvalidRequest.
     """
-    prompt, negative = read_prompts(pipeline, request, embeddings)
+    tokenizers = tokenizers_of(pipeline)
+    prompt, negative = read_prompts(request, tokenizers, embeddings)
     as_stock = {"prompt": prompt.as_stock, "negative_prompt": None if negative is None else negative.as_stock}
     both_stock = as_stock["prompt"] is not None and (negative is None or as_stock["negative_prompt"] is not None)
     if both_stock and request.clip_skip == DEFAULT_CLIP_SKIP:
         yield Conditioning(as_stock)
         return
     if negative is None and not pipeline.config.force_zeros_for_empty_prompt:
-        negative = read("", _syntax(request), tokenizers_of(pipeline), embeddings)
+        negative = read("", "plain", tokenizers, embeddings)
     positive, other = _encoded(pipeline, request, prompt, negative)
     yield Conditioning(
         {
@@ -70,39 +70,14 @@ def applied(
 def examined(
     pipeline: StableDiffusionXLPipeline, request: GenerationRequest, embeddings: Embeddings = NO_EMBEDDINGS
 ) -> list[str]:
-    """A sentence for each thing in the prompts that has no effect or not the one that it looks like.
+    """A sentence for each thing in the prompts that has no effect, or not the one that it looks like.
 
-    Raises InvalidRequest, as `applied` will, before anything is downloaded or changed.
+    Raises InvalidRequest, as `applied` would, before anything is downloaded or changed.
     """
-    read_prompts(pipeline, request, embeddings)
-    sentences = []
-    for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt or "")):
-        if _syntax(request) == "plain":
-            sentences += [*unread(name, text, pipeline.tokenizer), *misread(name, text)]
-        else:
-            sentences += not_used(name, text)
-    return sentences
-
-
-def read_prompts(
-    pipeline: StableDiffusionXLPipeline, request: GenerationRequest, embeddings: Embeddings
-) -> tuple[ReadPrompt, ReadPrompt | None]:
-    """Prompt and negative prompt; raises InvalidRequest, naming the field at fault."""
     check_layer(pipeline, request.clip_skip)
-    tokenizers, syntax = tokenizers_of(pipeline), _syntax(request)
-    found: list[ReadPrompt | None] = []
-    for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
-        try:
-            found.append(None if text is None else read(text, syntax, tokenizers, embeddings))
-        except InvalidRequest as error:
-            raise InvalidRequest(f"{name} {error}") from None
-    prompt, negative = found
-    assert prompt is not None
-    return prompt, negative
-
-
-def _syntax(request: GenerationRequest) -> str:
-    return request.prompt_syntax or "plain"
+    tokenizers = tokenizers_of(pipeline)
+    read_prompts(request, tokenizers, embeddings)
+    return notes_on(request, tokenizers)
 
 
 def _encoded(

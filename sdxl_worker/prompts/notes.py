@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from sdxl_worker.errors import InvalidRequest
 from sdxl_worker.prompts.parse import BREAK, ParsedPrompt, parse
+from sdxl_worker.prompts.reading import syntax_of, texts_of
+from sdxl_worker.request import GenerationRequest
 from sdxl_worker.text import shown
 
 _ESCAPED = re.compile(r"\\[()\[\]]")
+
+
+def notes_on(request: GenerationRequest, tokenizers: Mapping[str, Any]) -> list[str]:
+    """A sentence for each thing in the prompts that has no effect, or not the one that it looks like."""
+    sentences = []
+    for name, text in texts_of(request).items():
+        if syntax_of(request) == "plain":
+            sentences += [*unread(name, text, tokenizers["text_encoder"]), *misread(name, text)]
+        else:
+            sentences += not_used(name, text)
+    return sentences
 
 
 def unread(name: str, text: str, tokenizer: Any) -> list[str]:

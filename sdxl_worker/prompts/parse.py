@@ -142,7 +142,7 @@ def _with_breaks(text: str) -> Iterator[tuple[str, float]]:
 def _rounded(weight: float) -> float:
     """To twelve digits: pieces of one weight belong together in whatever order their factors were multiplied."""
     if not math.isfinite(weight):
-        raise InvalidRequest("a weight in the prompt is too large, or its brackets are nested too deeply")
+        raise InvalidRequest("holds a weight that is too large, or brackets that are nested too deeply")
     return float(f"{weight:.12g}")
 
 

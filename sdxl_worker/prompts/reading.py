@@ -10,6 +10,7 @@ from sdxl_worker.errors import InvalidRequest
 from sdxl_worker.prompts.chunks import CHUNK_PLACES, Chunk, chunks_of, first_chunk, items_of
 from sdxl_worker.prompts.parse import ParsedPrompt, parse
 from sdxl_worker.prompts.vectors import ENCODERS, Embeddings
+from sdxl_worker.request import GenerationRequest
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
@@ -56,3 +57,27 @@ def read(text: str, syntax: str, tokenizers: Mapping[str, Any], embeddings: Embe
         raise InvalidRequest(f"takes {length} chunks of {CHUNK_PLACES} tokens and may take at most {MAX_CHUNKS}")
     # SDXL's two tokenizers give the same; where a checkpoint's do not, the shorter one has nothing more to say.
     return ReadPrompt(parsed, {name: (*found, *[Chunk()] * (length - len(found))) for name, found in chunks.items()})
+
+
+def read_prompts(
+    request: GenerationRequest, tokenizers: Mapping[str, Any], embeddings: Embeddings
+) -> tuple[ReadPrompt, ReadPrompt | None]:
+    """Prompt and negative prompt, None when there is none; raises InvalidRequest, naming the field at fault."""
+    found = {}
+    for name, text in texts_of(request).items():
+        try:
+            found[name] = read(text, syntax_of(request), tokenizers, embeddings)
+        except InvalidRequest as error:
+            raise InvalidRequest(f"{name} {error}") from None
+    return found["prompt"], found.get("negative_prompt")
+
+
+def texts_of(request: GenerationRequest) -> dict[str, str]:
+    """The prompts that the request has, by the names of their fields."""
+    texts = {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
+    return {name: text for name, text in texts.items() if text is not None}
+
+
+def syntax_of(request: GenerationRequest) -> str:
+    """How the request's prompts are to be read; a request that was made directly and does not say it: plainly."""
+    return request.prompt_syntax or "plain"
