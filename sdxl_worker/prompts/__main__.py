@@ -75,10 +75,16 @@ def _model_folder(settings: Settings) -> Path:
 
     is_file = local.is_file() or ":" in settings.model_id
     repo, _, revision = (SDXL_BASE if is_file else settings.model_id).partition("@")
-    wanted = {"revision": revision or None, "allow_patterns": ["tokenizer*/*"], "token": settings.hf_token or None}
     for only_here in (True, False):
         with contextlib.suppress(Exception):
-            return Path(snapshot_download(repo, local_files_only=only_here, **wanted))
+            found = snapshot_download(
+                repo,
+                revision=revision or None,
+                token=settings.hf_token or None,
+                allow_patterns=["tokenizer*/*"],
+                local_files_only=only_here,
+            )
+            return Path(found)
     raise OSError(f"the tokenizers of {repo} are neither on this machine nor can they be downloaded")
 
 

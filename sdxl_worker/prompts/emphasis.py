@@ -7,15 +7,15 @@ from types import MappingProxyType
 
 import torch
 
-# (hidden states, weights, hidden states of an empty chunk) -> weighted hidden states.
-# Shapes (chunks, 77, width), (chunks, 77, 1) and (1, 77, width), in float64.
+# (a chunk's hidden states, weights, hidden states of an empty chunk) -> weighted hidden states.
+# Shapes (77, width), (77, 1) and (77, width), in float32.
 Rule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def original(states: torch.Tensor, weights: torch.Tensor, _empty: torch.Tensor) -> torch.Tensor:
-    """z w mean(z) / mean(z w), the means over each chunk: AUTOMATIC1111's "Original"."""
+    """z w mean(z) / mean(z w), the means over the chunk: AUTOMATIC1111's "Original"."""
     weighted = states * weights
-    return weighted * (states.mean((1, 2), keepdim=True) / weighted.mean((1, 2), keepdim=True))
+    return weighted * (states.mean() / weighted.mean())
 
 
 def no_norm(states: torch.Tensor, weights: torch.Tensor, _empty: torch.Tensor) -> torch.Tensor:

@@ -110,14 +110,16 @@ def _weighted(
     states: torch.Tensor, chunks: Sequence[Chunk], emphasis: str, encoder: Any, tokenizer: Any, clip_skip: int
 ) -> torch.Tensor:
     """The states with the rule applied to each chunk that has weights; the others keep their bits."""
-    rows = [row for row, chunk in enumerate(chunks) if chunk.is_weighted]
-    if not rows:
+    if not any(chunk.is_weighted for chunk in chunks):
         return states
-    weights = torch.tensor([chunks[row].weights() for row in rows], dtype=torch.float64, device=states.device)
-    empty, _ = _states(encoder, tokenizer, [Chunk()], clip_skip) if emphasis == "comfyui" else (states[:1], None)
-    weighted = RULES[emphasis](states[rows].double(), weights[..., None], empty.double()).to(states.dtype)
-    if not torch.isfinite(weighted).all():
-        raise InvalidRequest("a weight in the prompt is too large for this model")
+    empty = states[0]
+    if emphasis == "comfyui":
+        (empty,), _ = _states(encoder, tokenizer, [Chunk()], clip_skip)
     states = states.clone()
-    states[rows] = weighted
+    for row, chunk in enumerate(chunks):
+        if chunk.is_weighted:
+            weights = torch.tensor(chunk.weights(), dtype=torch.float32, device=states.device)[:, None]
+            states[row] = RULES[emphasis](states[row].float(), weights, empty.float())
+    if not torch.isfinite(states).all():
+        raise InvalidRequest("a weight in the prompt is too large for this model")
     return states
