@@ -38,6 +38,10 @@ def test_every_field_arrives_as_it_was_asked_for():
     asked = {
         "prompt": "a harbour",
         "negative_prompt": "fog",
+        "prompt_syntax": "a1111",
+        "prompt_emphasis": "comfyui",
+        "clip_skip": 3,
+        "inspect_prompt": True,
         "height": 64,
         "width": 128,
         "seed": 7,

@@ -398,3 +398,41 @@ def test_an_odd_job_id_does_no_harm(worker, job_id):
         for _ in range(20_000):
             job_id = [job_id]
     assert "images" in worker.run({"id": job_id, "input": SMALL})
+
+
+def test_the_worker_says_how_prompts_are_read_where_the_request_does_not(worker, tmp_path):
+    plain, a1111 = ({"prompt": "a (cat:1.5)", "prompt_syntax": syntax} for syntax in ("plain", "a1111"))
+    unsaid = {"prompt": "a (cat:1.5)"}
+    assert worker.run(job(**unsaid))["warnings"] == worker.run(job(**plain))["warnings"]
+    assert "warnings" not in worker.run(job(**a1111))
+    other = Worker(Settings(model_id="tiny", prompt_syntax="a1111", lora_cache_dir=tmp_path / "loras"))
+    other._pipeline = worker._pipeline
+    answers = [other.run(job(**fields)) for fields in (unsaid, {**unsaid, "prompt_syntax": None}, plain)]
+    assert ["warnings" in answer for answer in answers] == [False, False, True]
+    assert answers[0]["images"] == worker.run(job(**a1111))["images"]
+
+
+def test_an_inspected_prompt_is_not_drawn(worker):
+    answer = worker.run(job(prompt="a (cat:1.5) <lyco:x:1>", prompt_syntax="a1111", inspect_prompt=True, loras=["no"]))
+    assert set(answer) == {"inspection", "table", "warnings"}
+    assert answer["inspection"]["prompt"][0]["text_encoder"][1] == ["c", 1.5]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "problem"),
+    [
+        ("(" * 100_000, "prompt must have at most 10000 characters"),
+        ("[(" * 5_000, None),
+        ("(" * 5_000 + ")" * 5_000, None),
+        ("(" * 9_000 + "a", "prompt holds a weight that is too large"),
+        ("(a:" + "9" * 9_000 + ")", "prompt holds a weight that is too large"),
+        ("x " * 2_000, "prompt takes 27 chunks"),
+        (" BREAK" * 1_600, "prompt takes 1600 chunks"),
+    ],
+)
+def test_hostile_prompts_are_drawn_or_refused(worker, prompt: str, problem: str | None):
+    before = worker.run(job())["images"]
+    answer = worker.run(job(prompt=prompt, prompt_syntax="a1111"))
+    assert answer.get("error", "").startswith(f"INVALID_INPUT: {problem}" if problem else "")
+    assert ("images" in answer) == (problem is None)
+    assert worker.run(job())["images"] == before

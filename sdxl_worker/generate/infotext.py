@@ -17,7 +17,7 @@ from pathlib import PurePosixPath
 from urllib.parse import urlsplit
 
 from sdxl_worker.lora.used import UsedLora, safe_name
-from sdxl_worker.request import GenerationRequest
+from sdxl_worker.request import DEFAULT_CLIP_SKIP, GenerationRequest
 from sdxl_worker.schedulers import SCHEDULERS
 
 
@@ -49,6 +49,10 @@ def infotext(
     facts["Model"] = safe_name(model_name(model_id))
     if request.image_url is not None:
         facts["Denoising strength"] = f"{request.strength:g}"
+    if request.clip_skip != DEFAULT_CLIP_SKIP:
+        facts["Clip skip"] = request.clip_skip
+    if request.prompt_syntax == "a1111" and request.prompt_emphasis == "no_norm":
+        facts["Emphasis"] = "No norm"
     if loras:
         hashes = ", ".join(f"{lora.short_name}: {lora.hash}" for lora in loras)
         facts["Lora hashes"] = json.dumps(hashes, ensure_ascii=False)

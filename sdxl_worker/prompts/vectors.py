@@ -30,6 +30,7 @@ class Embeddings(Protocol):
         """
 
 
+@dataclass(frozen=True)
 class _NoEmbeddings:
     """Every word stays a word."""
 

@@ -66,3 +66,12 @@ def test_a_scale_per_part():
 )
 def test_model_name_shows_no_folder_and_no_query(model_id, shown):
     assert model_name(model_id) == shown
+
+
+def test_how_prompts_were_read_is_there_where_it_is_not_the_usual_way():
+    usual = settings_of(infotext(GenerationRequest("a", prompt_syntax="a1111"), 0, "tiny"))
+    assert not {"Clip skip", "Emphasis"} & set(usual)
+    request = GenerationRequest("(a:1.2)", prompt_syntax="a1111", prompt_emphasis="no_norm", clip_skip=3)
+    settings = settings_of(infotext(request, 0, "tiny"))
+    assert (settings["Clip skip"], settings["Emphasis"]) == ("3", "No norm")
+    assert infotext(request, 0, "tiny").startswith("(a:1.2)\n")
