@@ -82,10 +82,8 @@ def chunks_of(items: Iterable[Item | None], tokenizer: Any) -> tuple[Chunk, ...]
         if item is None:
             filling.end_chunk()
         elif item.vectors is None and item.ids[0] == comma:
-            # A comma that the chunk before had no room for is not looked back to: A1111 forgets it with that chunk.
-            if not filling.is_full:
-                filling.comma = (len(filling.items), filling.places)
             filling.make_room(1)
+            filling.comma = (len(filling.items), filling.places)
             filling.add(item)
         else:
             if filling.is_full:

@@ -56,6 +56,8 @@ def words(count: int) -> str:
         (words(75) + ", " + words(74) + "x", [75, 75, 1]),
         # A comma is looked back to in its own chunk only.
         (words(70) + ", " + words(4 + 71), [71, 75]),
+        (words(70) + ", " + words(4 + 72), [71, 75, 1]),
+        (words(60) + ", BREAK" + " x" * 76, [61, 75, 1]),
         ("x BREAK x x", [1, 2]),
         ("x BREAK", [1]),
         ("BREAK x", [0, 1]),

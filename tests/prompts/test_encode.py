@@ -59,6 +59,11 @@ def test_each_rule_is_its_formula(name: str, rule, vivid) -> None:
     torch.testing.assert_close(result.pooled, expected.pooled, rtol=1e-5, atol=1e-6)
 
 
+def test_the_empty_chunk_is_of_the_same_layer(vivid) -> None:
+    expected = encoded(vivid, [[("a ", 1), ("cat", 1.5)]], from_empty, layer=3)
+    torch.testing.assert_close(ours(vivid, "a (cat:1.5)", "comfyui", 3).states, expected.states, rtol=1e-4, atol=1e-5)
+
+
 def test_every_rule_of_the_request_is_there() -> None:
     assert tuple(RULES) == EMPHASIS_RULES
 
