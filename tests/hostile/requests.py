@@ -12,7 +12,7 @@ from tests.hostile.case import SECRET, Case, job, words
 FIELDS = (
     *("prompt", "negative_prompt", "height", "width", "seed", "scheduler", "num_inference_steps", "guidance_scale"),
     *("num_images", "image_url", "strength", "refiner_inference_steps", "high_noise_frac", "loras", "output_format"),
-    *("output_quality", "preview"),
+    *("output_quality", "preview", "prompt_syntax", "prompt_emphasis", "clip_skip", "inspect_prompt"),
 )
 SCHEDULERS = ("PNDM", "KLMS", "DDIM", "K_EULER", "K_EULER_ANCESTRAL", "DPMSolverMultistep", "DPMSolverSinglestep")
 
@@ -91,7 +91,11 @@ def _several_fields(random: Random) -> dict[str, Any]:
 
 def _good(random: Random) -> dict[str, Any]:
     return {
-        "prompt": "".join(chr(random.randrange(32, 0x2FFF)) for _ in range(random.randrange(200))),
+        "prompt": "".join(chr(random.randrange(32, 0x2FFF)) for _ in range(random.randrange(200)))
+        + "".join(random.choices(("(", "[", ")", "]", ":1.3)", ":-2)", "a", ", ", " BREAK "), k=random.randrange(30))),
+        "prompt_syntax": random.choice((None, "plain", "a1111")),
+        "prompt_emphasis": random.choice(("original", "no_norm", "comfyui")),
+        "clip_skip": random.choice((1, 2, 3)),
         "negative_prompt": random.choice((None, "", "fog, " * 40)),
         "scheduler": random.choice(SCHEDULERS),
         "num_inference_steps": random.choice((1, 2, 4)),
@@ -124,7 +128,7 @@ def _large(random: Random) -> dict[str, Any]:
     text = piece * (random.choice((9_000, 70_000, 1_999_000, 3_000_000)) // len(piece))
     return random.choice(
         (
-            {"prompt": text},
+            {"prompt": text, "prompt_syntax": random.choice(("plain", "a1111"))},
             {"negative_prompt": text},
             {"scheduler": text},
             {"image_url": text},
