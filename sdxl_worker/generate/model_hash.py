@@ -37,8 +37,8 @@ def start_hashing(model: BaseModel, pipeline: StableDiffusionXLPipeline) -> Futu
     def work() -> None:
         try:
             future.set_result(model_hash(model, pipeline))
-        except OSError as error:
-            logger.warning("Model hash is left out: %s", error.strerror)
+        except Exception as error:  # a job waits for the future: it has to come, whatever the file does
+            logger.warning("Model hash is left out: %s", getattr(error, "strerror", None) or type(error).__name__)
             future.set_result("")
 
     if model.path is None:

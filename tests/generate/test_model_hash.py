@@ -27,6 +27,11 @@ def test_hashing_does_not_hold_up_the_first_job_and_an_unreadable_file_has_no_ha
     assert start_hashing(BaseModel("tiny", None, "tiny", allow_vae_override=False), pipeline).done()
 
 
+def test_whatever_goes_wrong_the_job_that_waits_gets_an_answer():
+    tiny = BaseModel("tiny", None, "tiny", allow_vae_override=False)
+    assert start_hashing(tiny, None).result(timeout=60) == ""
+
+
 def test_a_folder_has_the_hash_of_the_unet_that_is_loaded(pipeline, tmp_path: Path):
     model = BaseModel("folder", tmp_path, "model", allow_vae_override=True)
     assert model_hash(model, pipeline) == ""
