@@ -12,11 +12,12 @@ from tqdm import tqdm
 
 from sdxl_worker.assets.asset_file import AssetFile
 from sdxl_worker.assets.eviction import list_cache, verify
-from sdxl_worker.assets.report import listed_json, lora_facts, write_facts, write_json, write_list, write_table
+from sdxl_worker.assets.kind import Kind
+from sdxl_worker.assets.report import file_facts, listed_json, write_facts, write_json, write_list, write_table
 from sdxl_worker.assets.store import AssetStore
 from sdxl_worker.errors import WorkerError
 from sdxl_worker.generate.base_model import find_base_model, find_vae
-from sdxl_worker.kinds import LORA
+from sdxl_worker.kinds import EMBEDDING, LORA
 from sdxl_worker.logs import masked
 from sdxl_worker.masking import mask
 from sdxl_worker.settings import Settings
@@ -89,8 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; the exit status is 0 when everything asked for worked, else 1; a usage error exits with 2."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    if options.inspect and not options.lora:
-        parser.error("--inspect goes with --lora REFERENCE")
+    if options.inspect and not (options.lora or options.embedding):
+        parser.error("--inspect goes with --lora or --embedding REFERENCE")
     try:
         settings = Settings.from_environment()
         _configure_logging(settings.secrets)
@@ -106,7 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 _DESCRIPTION = """\
 Without options: download the base model (MODEL_ID) and the VAE (VAE_ID), as the image build does.
-With --lora, --list, --prune or --verify: fill, show or tend the LoRA cache (LORA_CACHE_DIR)."""
+With --lora, --embedding, --list, --prune or --verify: fill, show or tend the cache of LoRAs and
+embeddings (LORA_CACHE_DIR)."""
 
 _EPILOG = """\
 a REFERENCE is
@@ -134,10 +136,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--lora", metavar="REFERENCE", nargs="+", help="put LoRAs into the cache and print their facts")
+    what.add_argument("--embedding", metavar="REFERENCE", nargs="+", help="the same for embeddings")
     what.add_argument("--list", action="store_true", help="show what is in the cache, the last used first")
     what.add_argument("--prune", action="store_true", help="evict down to LORA_CACHE_MAX_GB, empty the quarantine")
     what.add_argument("--verify", action="store_true", help="compare every sha256, quarantine what is damaged")
-    parser.add_argument("--inspect", action="store_true", help="with --lora: also what the file says of its training")
+    parser.add_argument("--inspect", action="store_true", help="with these: also what the file says of its training")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.set_defaults(model=True)
     return parser
@@ -155,17 +158,26 @@ def _progress_bar(name: str) -> Iterator[Callable[[int, int | None], None]]:
         yield update
 
 
-def _get_loras(options: argparse.Namespace, settings: Settings) -> int:
-    AssetStore(settings).prepare(LORA)
-    loras = []
-    for reference in options.lora:
+def _get_files(kind: Kind, references: Sequence[str], options: argparse.Namespace, settings: Settings) -> int:
+    store = AssetStore(settings)
+    store.prepare(kind)
+    found = []
+    for reference in references:
         with _progress_bar(mask(reference)) as update:
-            loras.append(lora_facts(download_lora(reference, update, settings=settings), inspect=options.inspect))
+            found.append(file_facts(store.get(reference, kind, update), inspect=options.inspect))
         if not options.json:
-            write_facts(loras[-1])
+            write_facts(found[-1])
     if options.json:
-        write_json(loras[0] if len(loras) == 1 else loras)
+        write_json(found[0] if len(found) == 1 else found)
     return 0
+
+
+def _get_loras(options: argparse.Namespace, settings: Settings) -> int:
+    return _get_files(LORA, options.lora, options, settings)
+
+
+def _get_embeddings(options: argparse.Namespace, settings: Settings) -> int:
+    return _get_files(EMBEDDING, options.embedding, options, settings)
 
 
 def _list(options: argparse.Namespace, settings: Settings) -> int:
@@ -217,6 +229,7 @@ def _get_base_model(options: argparse.Namespace, settings: Settings) -> int:
 
 _ACTIONS: tuple[tuple[str, Callable[[argparse.Namespace, Settings], int]], ...] = (
     ("lora", _get_loras),
+    ("embedding", _get_embeddings),
     ("list", _list),
     ("prune", _prune),
     ("verify", _verify),

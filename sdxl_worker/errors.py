@@ -16,7 +16,8 @@ WorkerError
 ├── AssetFileError        a local file is not what its kind has to be
 │   ├── WrongFile             a web page came instead, or a file without tensors
 │   ├── BadFile               broken, hostile, or holds NaN
-│   └── LoraIncompatible      made for another base model, or does not fit the modules
+│   ├── LoraIncompatible      made for another base model, or does not fit the modules
+│   └── EmbeddingIncompatible made for another base model, or does not fit the text encoders
 ├── GenerationError       rendering failed
 │   ├── OutOfMemory           worker's side: the picture does not fit the GPU
 │   ├── Cancelled             RunPod asked to stop the job
@@ -30,6 +31,8 @@ The codes of FetchError and AssetFileError depend on the kind of file: `assets.k
 from the class's own (NOT_FOUND is LORA_NOT_FOUND for a LoRA), and AssetStore sets them on the way out.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import ClassVar
 
 
@@ -37,12 +40,13 @@ class WorkerError(Exception):
     """Base of all failures: `str(error)` is one sentence that is safe to show the caller.
 
     `code` is stable and documented; `caller_at_fault` says who has to act; `refresh_worker` says that this process
-    can no longer be trusted.
+    can no longer be trusted. `reference` is the one that it is about, where there is one, and not for showing.
     """
 
     code: str = "INTERNAL"
     caller_at_fault: ClassVar[bool] = False
     refresh_worker: bool = False
+    reference: str = ""
 
     def as_answer(self) -> dict[str, object]:
         """The job's JSON answer: `{"error": "CODE: sentence"}`, with `refresh_worker` where it is needed."""
@@ -152,6 +156,12 @@ class LoraIncompatible(AssetFileError):
     code = "LORA_INCOMPATIBLE"
 
 
+class EmbeddingIncompatible(AssetFileError):
+    """The embedding is for another base model, or its vectors do not fit the resident text encoders."""
+
+    code = "EMBEDDING_INCOMPATIBLE"
+
+
 class GenerationError(WorkerError):
     """Rendering failed."""
 
@@ -202,3 +212,13 @@ class ModelUnavailable(WorkerError):
     """The base model is missing or cannot be loaded; the sentence says what to set or run."""
 
     code = "MODEL_UNAVAILABLE"
+
+
+@contextlib.contextmanager
+def about(reference: str) -> Iterator[None]:
+    """Errors that leave here say which reference they are about."""
+    try:
+        yield
+    except WorkerError as error:
+        error.reference = reference
+        raise

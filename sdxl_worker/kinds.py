@@ -19,12 +19,21 @@ from sdxl_worker.errors import (
     WrongFile,
 )
 
+# What the facts of an embedding call its format.
+EMBEDDING_FORMAT = "textual inversion"
+
 
 def _check_lora(path: Path) -> Mapping[str, Any]:
     # Reading tensors needs torch, which takes seconds to import: a cache hit and the command line's help do without.
     from sdxl_worker.lora.file import check_lora_file
 
     return check_lora_file(path).as_json()
+
+
+def _check_embedding(path: Path) -> Mapping[str, Any]:
+    from sdxl_worker.prompts.embedding_file import check_embedding_file
+
+    return {"format": EMBEDDING_FORMAT, **check_embedding_file(path)}
 
 
 def _check_checkpoint(path: Path) -> Mapping[str, Any]:
@@ -68,6 +77,31 @@ LORA = Kind(
             WrongFile: "NOT_A_LORA",
         }
     ),
+    knows=lambda name: name != EMBEDDING_FORMAT,
+)
+
+# Textual inversion. Beside the LoRAs: one cache, one limit.
+EMBEDDING = Kind(
+    name="embedding",
+    suffixes=(".safetensors", ".pt", ".bin", ".pti"),
+    folder=LORA.folder,
+    cache_limit=LORA.cache_limit,
+    max_bytes=LORA.max_bytes,
+    timeout_s=LORA.timeout_s,
+    check=_check_embedding,
+    codes=MappingProxyType(
+        {
+            FetchError: "EMBEDDING_DOWNLOAD",
+            BadReference: "EMBEDDING_REFERENCE",
+            NotFound: "EMBEDDING_NOT_FOUND",
+            Ambiguous: "EMBEDDING_AMBIGUOUS",
+            AccessDenied: "EMBEDDING_AUTH",
+            AssetFileError: "EMBEDDING_FILE",
+            WrongFile: "NOT_AN_EMBEDDING",
+        }
+    ),
+    knows=lambda name: name == EMBEDDING_FORMAT,
+    usual_file="learned_embeds.safetensors",
 )
 
 # MODEL_ID as a single file.

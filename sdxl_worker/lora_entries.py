@@ -32,7 +32,7 @@ def parse_lora_entries(entries: Sequence[Any]) -> tuple[tuple[LoraSpec, ...], tu
         except ValueError as problem:
             warnings.append(f"loras[{index}] was skipped: {problem}")
             continue
-        if isinstance(entry, dict) and (unknown := _unknown(entry, _KNOWN_KEYS)):
+        if isinstance(entry, dict) and (unknown := unknown_in(entry, _KNOWN_KEYS)):
             warnings.append(f"loras[{index}]: ignored unknown {unknown}; known are path, name and scale")
     return tuple(specs), tuple(warnings)
 
@@ -41,10 +41,10 @@ def _reference(entry: Any) -> str:
     if isinstance(entry, str):
         return entry
     if not isinstance(entry, dict):
-        raise ValueError(f"it is a {_kind(entry)}, not a string or an object with path and scale")
+        raise ValueError(f"it is a {kind_of(entry)}, not a string or an object with path and scale")
     given = [key for key in REFERENCE_KEYS if entry.get(key) not in (None, "")]
     if given and not isinstance(entry[given[0]], str):
-        raise ValueError(f"its {given[0]} is a {_kind(entry[given[0]])}, not a string")
+        raise ValueError(f"its {given[0]} is a {kind_of(entry[given[0]])}, not a string")
     if given:
         return entry[given[0]]
     name = _name(entry)
@@ -58,7 +58,7 @@ def _name(entry: Any) -> str:
     if name in (None, ""):
         return ""
     if not isinstance(name, str):
-        raise ValueError(f"its name is a {_kind(name)}, not a string")
+        raise ValueError(f"its name is a {kind_of(name)}, not a string")
     safe = safe_name(name)
     if not safe:
         raise ValueError("its name has no letter or digit that a file name may have")
@@ -69,26 +69,26 @@ def _scale(entry: Any) -> LoraScale:
     value = entry.get("scale", 1.0) if isinstance(entry, dict) else 1.0
     if not isinstance(value, dict):
         return LoraScale.uniform(_number(value, "its scale"))
-    if unknown := _unknown(value, SCALE_PARTS):
+    if unknown := unknown_in(value, SCALE_PARTS):
         raise ValueError(f"its scale has the unknown part {unknown}; known are {', '.join(SCALE_PARTS)}")
     return LoraScale(**{part: _number(given, f"its scale for {part}") for part, given in value.items()})
 
 
 def _number(value: Any, what: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{what} is a {_kind(value)}, not a number")
+        raise ValueError(f"{what} is a {kind_of(value)}, not a number")
     number = as_float(value)
     if math.isnan(number) or abs(number) > MAX_SCALE:
         raise ValueError(f"{what} is {shown(value)} and must lie between {-MAX_SCALE:g} and {MAX_SCALE:g}")
     return number
 
 
-def _unknown(given: Iterable[Any], known: Sequence[str]) -> str:
+def unknown_in(given: Iterable[Any], known: Sequence[str]) -> str:
     """The first few unknown names, readable; empty when there are none."""
     return ", ".join(ascii(str(name)[:40]) for name in islice((name for name in given if name not in known), 5))
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
     """The JSON name of a value's type."""
     names = {dict: "object", list: "list", str: "string", bool: "boolean", int: "number", float: "number"}
     return "null" if value is None else names.get(type(value), type(value).__name__)

@@ -18,6 +18,7 @@ MAX_GUIDANCE = 100.0
 MAX_IMAGES = 4
 MAX_SEED = 2**64 - 1
 MAX_LORAS = 32
+MAX_EMBEDDINGS = 64
 PROMPT_SYNTAXES = ("plain", "a1111")
 EMPHASIS_RULES = ("original", "no_norm", "comfyui")
 # As Civitai counts: SDXL itself reads the layer before the last, and CLIP-L has twelve.
@@ -59,22 +60,46 @@ class LoraSpec:
     """One entry of the request's `loras`, before anything is downloaded. `index` is its place in the request.
 
     `name` is a file name without a folder, under which the file is kept as well; empty = only under the worker's own.
+    `tag` is how sentences call a LoRA that a tag in the prompt names, and which has no place in `loras`.
     """
 
     reference: str
     scale: LoraScale = field(default_factory=LoraScale)
     index: int = 0
     name: str = ""
+    tag: str = ""
+
+    @property
+    def label(self) -> str:
+        """What sentences call it."""
+        return f"the tag {self.tag}" if self.tag else f"loras[{self.index}]"
 
 
-def lora_list() -> Check:
+@dataclass(frozen=True)
+class EmbeddingSpec:
+    """One entry of the request's `embeddings`, before anything is downloaded. `index` is its place in the request.
+
+    `token` is what stands for it in a prompt; empty = the file's name without its ending.
+    """
+
+    reference: str
+    token: str = ""
+    index: int = 0
+
+    @property
+    def label(self) -> str:
+        """What sentences call it."""
+        return f"embeddings[{self.index}]"
+
+
+def reference_list(limit: int) -> Check:
     """A list of bounded length and texts. Anything else that is wrong with an entry costs just that entry."""
 
     def problem(value: Any) -> str | None:
         if not isinstance(value, list):
             return f"must be a list, not {shown(value)}"
-        if len(value) > MAX_LORAS:
-            return f"may hold at most {MAX_LORAS} entries, not {len(value)}"
+        if len(value) > limit:
+            return f"may hold at most {limit} entries, not {len(value)}"
         texts = [(index, string) for index, entry in enumerate(value) for string in _texts_of(entry)]
         if long := {str(index): None for index, string in texts if len(string) > MAX_URL_CHARACTERS}:
             return f"hold a reference of more than {MAX_URL_CHARACTERS} characters in entry {', '.join(long)}"
@@ -85,7 +110,9 @@ def lora_list() -> Check:
 
 
 def _texts_of(entry: Any) -> list[str]:
-    texts = [entry, *(entry.get(key) for key in (*REFERENCE_KEYS, "name"))] if isinstance(entry, dict) else [entry]
+    texts = (
+        [entry, *(entry.get(key) for key in (*REFERENCE_KEYS, "name", "token"))] if isinstance(entry, dict) else [entry]
+    )
     return [text for text in texts if isinstance(text, str)]
 
 
@@ -124,8 +151,8 @@ class GenerationRequest:
     """A validated job: the one list of the input's fields, in the order of the documentation.
 
     Sizes are in pixels. A negative_prompt of None gives another picture than "". `seed` is never negative. `strength`
-    is used with `image_url` only. `loras` are the usable entries; `loras_requested` says that the request had some,
-    usable or not. Values made directly are not checked.
+    is used with `image_url` only. `loras` and `embeddings` are the usable entries; `..._requested` says that the
+    request had some, usable or not. Values made directly are not checked.
     """
 
     prompt: str = _input(text(MAX_PROMPT_CHARACTERS))
@@ -145,11 +172,13 @@ class GenerationRequest:
     strength: float = _input(number(0, 1), 0.3, float)
     refiner_inference_steps: int | None = _input(or_null(whole(0, 1000)), None)
     high_noise_frac: float | None = _input(or_null(number(0, 1)), None)
-    loras: tuple[LoraSpec, ...] = _input(or_null(lora_list()), None, lambda _: ())
+    loras: tuple[LoraSpec, ...] = _input(or_null(reference_list(MAX_LORAS)), None, lambda _: ())
+    embeddings: tuple[EmbeddingSpec, ...] = _input(or_null(reference_list(MAX_EMBEDDINGS)), None, lambda _: ())
     output_format: str = _input(choice(OUTPUT_FORMATS), "png")
     output_quality: int = _input(whole(1, 100), 90)
     preview: bool = _input(switch(), False)
     loras_requested: bool = False
+    embeddings_requested: bool = False
     warnings: tuple[str, ...] = ()
 
 

@@ -39,6 +39,9 @@ class Settings:
     )
     lora_cache_dir: Path = _variable("LORA_CACHE_DIR", Path("/models/loras"), "the hash-keyed LoRA cache")
     lora_preload: str = _variable("LORA_PRELOAD", "", "comma-separated LoRA references made ready before the first job")
+    embedding_preload: str = _variable(
+        "EMBEDDING_PRELOAD", "", "comma-separated embedding references fetched before the first job"
+    )
     lora_cache_max_gb: float = _variable(
         "LORA_CACHE_MAX_GB", 0.0, "evict least recently used cached files above this", number(0, 100_000)
     )

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from itertools import islice
 from typing import Any
 
+from sdxl_worker.embedding_entries import parse_embedding_entries
 from sdxl_worker.errors import InvalidRequest
 from sdxl_worker.lora_entries import parse_lora_entries
 from sdxl_worker.request import FIELDS, GenerationRequest
@@ -27,7 +28,8 @@ INPUT_SCHEMA: dict[str, dict[str, Any]] = {name: field.as_schema() for name, fie
 def validate_request(raw: Any) -> GenerationRequest:
     """The request in `raw` with every default filled in; a missing seed is drawn at random.
 
-    Malformed `loras` entries are skipped and named in `warnings`. Raises InvalidRequest, naming every problem.
+    Malformed entries of `loras` and `embeddings` are skipped and named in `warnings`. Raises InvalidRequest, naming
+    every problem.
     """
     if not isinstance(raw, dict):
         raise InvalidRequest(f"input must be an object with at least a prompt, not {shown(raw)}")
@@ -39,11 +41,13 @@ def validate_request(raw: Any) -> GenerationRequest:
     if sentences:
         raise InvalidRequest("; ".join(sentences[:MAX_PROBLEMS]))
     specs, lora_warnings = parse_lora_entries(values["loras"] or ())
+    embeddings, embedding_warnings = parse_embedding_entries(values["embeddings"] or ())
     read = {name: field.read(values[name]) for name, field in FIELDS.items()}
     return GenerationRequest(
-        **{**read, "loras": specs},
+        **{**read, "loras": specs, "embeddings": embeddings},
         loras_requested=bool(values["loras"]),
-        warnings=lora_warnings + _ignored(values, raw),
+        embeddings_requested=bool(values["embeddings"]),
+        warnings=lora_warnings + embedding_warnings + _ignored(values, raw),
     )
 
 

@@ -19,13 +19,18 @@ from PIL.Image import Image
 from sdxl_worker.assets.store import AssetStore
 from sdxl_worker.errors import Cancelled, ModelUnavailable, OutOfMemory
 from sdxl_worker.generate.base_model import find_base_model
+from sdxl_worker.generate.infotext import Used
 from sdxl_worker.generate.input_image import fetch_input_image
 from sdxl_worker.job_run import Denoising, JobRun, NoProgress, Progress
-from sdxl_worker.kinds import LORA
+from sdxl_worker.kinds import EMBEDDING, LORA
 from sdxl_worker.logs import current_job
 from sdxl_worker.lora.engine import AppliedLora, LoraEngine, ParsedLora
 from sdxl_worker.lora.ready import ReadyLora, make_ready
 from sdxl_worker.lora_entries import parse_lora_entries
+from sdxl_worker.prompts.embeddings import PromptEmbeddings
+from sdxl_worker.prompts.lora_tags import with_lora_tags
+from sdxl_worker.prompts.ready import make_ready as ready_embeddings
+from sdxl_worker.prompts.vectors import widths_of
 from sdxl_worker.request import GenerationRequest, LoraScale, LoraSpec
 from sdxl_worker.serving.answers import answer_limit, check_size, json_size, sendable
 from sdxl_worker.serving.delivery import deliver
@@ -101,8 +106,12 @@ class Worker:
         gc.freeze()
 
     def preload(self) -> None:
-        """Make every LORA_PRELOAD reference ready; one that fails, however it does, is logged and left out."""
-        references = [text.strip() for text in self.settings.lora_preload.split(",") if text.strip()]
+        """Make every LORA_PRELOAD reference ready and fetch those of EMBEDDING_PRELOAD.
+
+        One that fails, however it does, is logged and left out.
+        """
+        self.assets.preload(_listed(self.settings.embedding_preload), EMBEDDING)
+        references = _listed(self.settings.lora_preload)
         for file in self.assets.preload(references, LORA) if references else ():
             try:
                 with LORA.own_codes():
@@ -212,35 +221,52 @@ class Worker:
             bucket_is_configured(self.settings)
         if request.prompt_syntax is None:
             request = dataclasses.replace(request, prompt_syntax=self.settings.prompt_syntax)
+        request = with_lora_tags(request)
         pipeline = self.pipeline
-        prompt_warnings = prompts.examined(pipeline, request)
-        if request.inspect_prompt:
-            inspected = prompts.inspection(request, prompts.tokenizers_of(pipeline))
-            told = [*request.warnings, *prompt_warnings]
-            return {**inspected, "warnings": told} if told else inspected
-        image = fetch_input_image(request.image_url, self.assets, run) if request.image_url else None
-        ready = self._ready_loras(pipeline, request.loras, run) if request.loras else []
-        pictures, applied = self._draw(pipeline, request, ready, image, run)
+        if not request.embeddings:
+            # As soon as it can be told; with embeddings only they say how long the prompts are.
+            prompts.examined(pipeline, request)
+        is_drawn = not request.inspect_prompt
+        image = fetch_input_image(request.image_url, self.assets, run) if request.image_url and is_drawn else None
+        ready = self._ready_loras(pipeline, request.loras, run) if request.loras and is_drawn else []
+        found = self._embeddings(pipeline, request, ready, run)
+        warnings = [*request.warnings, *prompts.examined(pipeline, request, found)]
+        if not is_drawn:
+            inspected = prompts.inspection(request, prompts.tokenizers_of(pipeline), found)
+            return {**inspected, "warnings": warnings} if warnings else inspected
+        pictures, applied = self._draw(pipeline, request, ready, found, image, run)
         answer: dict[str, Any] = {"images": [""] * len(pictures), "image_url": "", "seed": request.seed}
         pairs = list(zip(ready, applied, strict=True))
         if request.loras_requested:
             answer["loras"] = [lora.as_json(done) for lora, done in pairs]
-        warnings = [*request.warnings, *prompt_warnings]
         warnings += [line for lora, done in pairs for line in lora.warnings(done)]
+        used = found.used_by(request, prompts.tokenizers_of(pipeline))
+        if request.embeddings_requested or used:
+            answer["used_embeddings"] = [embedding.as_json() for embedding in used]
+        warnings += found.notes_on(used)
         limit = self.answer_limit(run.job_id)
         room = None if limit is None else limit - json_size({**answer, "warnings": warnings})
-        used, model_hash = [lora.used for lora in ready], self._model_hash.result() if self._model_hash else ""
-        delivered = deliver(pictures, request, used, run, self.settings, self.mode, room, model_hash)
+        model_hash = self._model_hash.result() if self._model_hash else ""
+        made_with = Used([lora.used for lora in ready], used)
+        delivered = deliver(pictures, request, made_with, run, self.settings, self.mode, room, model_hash)
         self.saved += delivered.saved
         answer |= {"images": delivered.images, "image_url": delivered.images[0]}
         warnings += delivered.warnings
         return {**answer, "warnings": warnings} if warnings else answer
+
+    def _embeddings(
+        self, pipeline: Any, request: GenerationRequest, loras: Sequence[ReadyLora], run: JobRun
+    ) -> PromptEmbeddings:
+        """The request's own embeddings, and then those that its LoRA files hold."""
+        ready = ready_embeddings(request.embeddings, self.assets, widths_of(pipeline), run)
+        return PromptEmbeddings([*ready, *(embedding for lora in loras for embedding in lora.embeddings)])
 
     def _draw(
         self,
         pipeline: Any,
         request: GenerationRequest,
         ready: Sequence[ReadyLora],
+        embeddings: PromptEmbeddings,
         image: Image | None,
         run: JobRun,
     ) -> tuple[list[Image], list[AppliedLora]]:
@@ -257,7 +283,12 @@ class Worker:
                 applied = stack.enter_context(run.timed(change, "applying_loras", "restoring"))
             stack.enter_context(run.stage("denoising"))
             stack.enter_context(self.health.rendering())
-            return render(pipeline, request, init_image=image, on_step=on_step), applied
+            return render(pipeline, request, init_image=image, on_step=on_step, embeddings=embeddings), applied
+
+
+def _listed(setting: str) -> list[str]:
+    """The references of a comma-separated setting."""
+    return [text.strip() for text in setting.split(",") if text.strip()]
 
 
 def _after_step(run: JobRun, with_preview: bool, step: int, steps: int, latents: Any) -> None:

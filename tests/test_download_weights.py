@@ -9,7 +9,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save
 
 import download_weights
 from sdxl_worker.assets.sidecar import sidecar_path
@@ -57,6 +59,26 @@ def test_a_lora_is_fetched_and_described(server: FileServer, tmp_path: Path, cap
     facts = json.loads(out)
     assert (facts["cached"], facts["base_model"], facts["facts"]["modules"]) == (True, "SDXL", 2)
     assert "hunter2" not in out + err
+
+
+def test_an_embedding_is_fetched_and_described_and_stands_in_the_list(
+    server: FileServer, capsys: pytest.CaptureFixture[str]
+):
+    content = save({"clip_l": np.ones((2, 768), np.float32), "clip_g": np.ones((2, 1280), np.float32)})
+    url, lora = server.add("/bad-hands.safetensors", on.whole(content)), server.add("/a.safetensors", on.whole(LORA))
+    code, out, _ = run(capsys, "--embedding", url, "--json", "--inspect")
+    facts = json.loads(out)
+    assert (code, facts["format"], facts["base_model"], facts["facts"]["vectors"]) == (
+        0,
+        "textual inversion",
+        "SDXL",
+        2,
+    )
+    code, _, err = run(capsys, "--embedding", lora)
+    assert code == 1
+    assert "error: NOT_AN_EMBEDDING: the file is a LoRA, not an embedding: name it in `loras`" in err
+    _, out, _ = run(capsys, "--list", "--json")
+    assert [(item["reference"], item["format"]) for item in json.loads(out)] == [(url, "textual inversion")]
 
 
 def test_several_loras_give_a_list(server: FileServer, capsys: pytest.CaptureFixture[str]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ import pytest
 from PIL import Image
 
 from sdxl_worker.assets.sources import parse_reference
-from sdxl_worker.kinds import LORA
+from sdxl_worker.kinds import EMBEDDING, LORA
 from sdxl_worker.settings import Settings
 from sdxl_worker.topology import EXAMPLE_LORA, write_example_lora
 from sdxl_worker.validation import validate_request
 from sdxl_worker.worker import Worker
 from tests.support import http_server as on
+from tests.support.embedding_files import save_embedding, vectors
 from tests.support.http_server import FileServer
 from tests.support.readme import README, ROOT
 
@@ -37,6 +39,8 @@ def test_an_example_is_valid_as_it_stands(path: Path) -> None:
     assert len(request.loras) == len(fields.get("loras", []))
     for lora in request.loras:
         parse_reference(lora.reference, Settings(), LORA)
+    for embedding in request.embeddings:
+        parse_reference(embedding.reference, Settings(), EMBEDDING)
 
 
 @pytest.fixture
@@ -58,6 +62,9 @@ def test_an_example_renders(path: Path, pipeline, engine, server: FileServer, tm
         fields["image_url"] = f"{server.origin}/start.png"
     for lora in fields.get("loras", []):
         lora["path"] = EXAMPLE_LORA
+    fields["prompt"] = re.sub(r"<lora:\S+?((?::[\d.]+)*)>", rf"<lora:{EXAMPLE_LORA}\1>", fields["prompt"])
+    for embedding in fields.get("embeddings", []):
+        embedding["path"] = save_embedding(tmp_path / "embedding.safetensors", vectors(pipeline, 2)).name
     worker = Worker(Settings(model_id="tiny", lora_cache_dir=tmp_path))
     write_example_lora(tmp_path)
     worker._pipeline = pipeline
@@ -65,8 +72,14 @@ def test_an_example_renders(path: Path, pipeline, engine, server: FileServer, tm
     answer = worker.run({"id": "example", "input": fields})
     assert len(answer.get("images", [])) == fields.get("num_images", 1), answer
     assert answer["seed"] == fields["seed"]
-    assert len(answer.get("loras", [])) == len(fields.get("loras", []))
+    assert len(answer.get("loras", [])) == len(fields.get("loras", [])) + fields["prompt"].count("<lora:")
+    assert len(answer.get("used_embeddings", [])) == len(fields.get("embeddings", []))
+    assert "warnings" not in answer
 
 
 def test_the_readme_leads_to_the_examples() -> None:
-    assert [name for name in ("lora", "image_to_image", "worker_sdxl") if f"examples/{name}.json" not in README] == []
+    assert [
+        name
+        for name in ("lora", "image_to_image", "worker_sdxl", "embedding", "lora_tags")
+        if f"examples/{name}.json" not in README
+    ] == []

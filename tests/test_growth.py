@@ -136,15 +136,15 @@ KIND = (
         Edit(
             "sdxl_worker/kinds.py",
             """
-            EMBEDDING = Kind(
-                name="embedding",
+            CONTROL = Kind(
+                name="control net",
                 suffixes=(".safetensors",),
                 sources=("hub", "url", "local"),
-                folder=lambda settings: settings.lora_cache_dir.parent / "embeddings",
+                folder=lambda settings: settings.lora_cache_dir.parent / "controls",
                 max_bytes=lambda _: 1 << 20,
                 timeout_s=lambda settings: settings.download_timeout,
                 check=lambda path: {"bytes": path.stat().st_size},
-                codes=MappingProxyType({NotFound: "EMBEDDING_NOT_FOUND"}),
+                codes=MappingProxyType({NotFound: "CONTROL_NOT_FOUND"}),
             )
             """,
             "# MODEL_ID as a single file.",
@@ -155,17 +155,17 @@ KIND = (
     import numpy
     from safetensors.numpy import save_file
     from sdxl_worker.assets.store import AssetStore
-    from sdxl_worker.kinds import EMBEDDING
+    from sdxl_worker.kinds import CONTROL
     from sdxl_worker.settings import Settings
     folder = pathlib.Path(tempfile.mkdtemp())
     store = AssetStore(Settings(lora_cache_dir=folder / "loras"))
-    (folder / "embeddings").mkdir()
-    save_file({"clip_l": numpy.zeros((1, 8))}, folder / "embeddings" / "style.safetensors")
-    assert store.get("style", EMBEDDING).path.name == "style.safetensors"
+    (folder / "controls").mkdir()
+    save_file({"clip_l": numpy.zeros((1, 8))}, folder / "controls" / "style.safetensors")
+    assert store.get("style", CONTROL).path.name == "style.safetensors"
     try:
-        store.get("absent", EMBEDDING)
+        store.get("absent", CONTROL)
     except Exception as error:
-        assert error.code == "EMBEDDING_NOT_FOUND"
+        assert error.code == "CONTROL_NOT_FOUND"
     else:
         raise AssertionError("found")
     """,

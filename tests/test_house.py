@@ -28,7 +28,10 @@ from tests.support.readme import ROOT
 PACKAGE = "sdxl_worker"
 # From the bottom up. A module may import from its own layer and from those before it.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("text", "masking", "checks", "errors", "settings", "schedulers", "logs", "lora_entries", "request", "validation"),
+    (
+        *("text", "masking", "checks", "errors", "settings", "schedulers", "logs"),
+        *("lora_entries", "embedding_entries", "request", "validation"),
+    ),
     ("job_run",),
     ("assets",),
     ("kinds", "memory", "lora", "prompts", "topology"),

@@ -57,7 +57,7 @@ def test_every_field_arrives_as_it_was_asked_for():
         "output_quality": 37,
         "preview": True,
     }
-    assert set(FIELDS) == {*asked, "loras"}
+    assert set(FIELDS) == {*asked, "loras", "embeddings"}
     arrived = asdict(validate_request(asked))
     assert {name: arrived[name] for name in asked} == asked
 

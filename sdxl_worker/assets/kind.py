@@ -23,7 +23,9 @@ class Kind:
     `folder` is where files are kept (None: nowhere, they are read into memory), `cache_limit` how many bytes the
     worker's own files there may take together (0: no limit). `max_bytes` bounds one file, `timeout_s` one download.
     `check(path)` gives the JSON-ready facts of a safetensors file or raises AssetFileError; a kind with `.pt` among
-    its `suffixes` takes pickles too, which are converted.
+    its `suffixes` takes pickles too, which are converted. Kinds may share a folder: `knows(format)` says whether a file
+    that was checked before, and whose facts name that format, passed this kind's check. `usual_file` is the file that
+    a Hub repo is taken to mean.
 
     `is_operators` says that a setting of the worker names the file and not a request: its host may be in a private
     network, and what was fetched once is kept as it is, though its reference may move.
@@ -38,6 +40,8 @@ class Kind:
     folder: Callable[[Settings], Path] | None = None
     cache_limit: Callable[[Settings], float] = lambda _: 0.0
     check: Callable[[Path], Mapping[str, Any]] = lambda _: {}
+    knows: Callable[[str], bool] = lambda _: True
+    usual_file: str = "pytorch_lora_weights.safetensors"
     is_operators: bool = False
 
     def folder_in(self, settings: Settings) -> Path:

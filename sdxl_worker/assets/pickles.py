@@ -28,7 +28,8 @@ _ROOT = Path(__file__).resolve().parents[2]
 def convert_pickle(source: Path, target: Path, budget: Budget) -> None:
     """Write the tensors of the pickle `source` to the safetensors file `target`, which is absent after a failure.
 
-    Takes plain state dicts and one level of nesting (`{"state_dict": {...}}`). Raises BadFile when the file holds
+    Takes plain state dicts and one level of nesting (`{"state_dict": {...}}`, and AUTOMATIC1111's `string_to_param`,
+    whose entries keep it in front of their names). Raises BadFile when the file holds
     anything but tensors and plain values, is broken, or wants more memory or time than its size explains; Cancelled
     and FetchTimeout when `budget` ends first.
     """
@@ -69,6 +70,9 @@ def _tensors(content: Any) -> Iterator[tuple[str, Any]]:
         content = content["state_dict"]
     if not isinstance(content, dict):
         return
+    nested = content.get("string_to_param")
+    if isinstance(nested, dict):
+        content = content | {f"string_to_param.{name}": value for name, value in nested.items()}
     for name, value in content.items():
         if isinstance(name, str) and isinstance(value, (int, float)) and not isinstance(value, bool):
             value = torch.tensor(float(value))

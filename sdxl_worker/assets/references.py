@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from sdxl_worker.assets.budget import Budget
     from sdxl_worker.assets.location import Location
 
-WEIGHT_SUFFIXES = (".safetensors", ".pt", ".bin")
+# .pti is what cog-sdxl calls a safetensors file of embeddings.
+WEIGHT_SUFFIXES = (".safetensors", ".pt", ".bin", ".pti")
 MAX_REFERENCE = 4096
 MAX_PART = 200  # leaves room for the hash and the suffixes below the usual limit of 255 bytes
 

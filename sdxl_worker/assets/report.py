@@ -24,8 +24,8 @@ def write_table(rows: Sequence[Sequence[str]]) -> None:
         sys.stdout.write(line.rstrip() + "\n")
 
 
-def lora_facts(file: AssetFile, *, inspect: bool) -> dict[str, Any]:
-    """A resolved LoRA as JSON; with `inspect` also what the file says of itself (title, tags, trigger words)."""
+def file_facts(file: AssetFile, *, inspect: bool) -> dict[str, Any]:
+    """A resolved file as JSON; with `inspect` also what the file says of itself (title, tags, trigger words)."""
     read = read_sidecar(file.path)
     sidecar = read[0] if read is not None else None
     facts: dict[str, Any] = {
@@ -41,7 +41,7 @@ def lora_facts(file: AssetFile, *, inspect: bool) -> dict[str, Any]:
 
 
 def write_facts(facts: dict[str, Any]) -> None:
-    """A LoRA's facts, one per line."""
+    """A file's facts, one per line."""
     flat = {name: value for name, value in facts.items() if name != "facts"} | facts.get("facts", {})
     write_table([(name, _readable(name, value)) for name, value in flat.items()])
 

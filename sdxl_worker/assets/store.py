@@ -24,7 +24,7 @@ from sdxl_worker.assets.remote_files import RemoteFiles
 from sdxl_worker.assets.sidecar import read_sidecar
 from sdxl_worker.assets.sources import parse_reference
 from sdxl_worker.assets.sources.local import CachedReference
-from sdxl_worker.errors import WorkerError
+from sdxl_worker.errors import WorkerError, about
 from sdxl_worker.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -57,12 +57,14 @@ class AssetStore:
         `on_progress(bytes_done, total or None)` is called at most a few times a second; `should_stop()` is asked at
         every chunk and every wait. Raises FetchError and AssetFileError with the kind's codes, and Cancelled.
         """
-        with kind.own_codes():
+        with kind.own_codes(), about(reference):
             parsed = parse_reference(reference, self.settings, kind)
             budget = Budget.start(kind.timeout_s(self.settings), should_stop)
             budget.check()
             order = Order(kind, self.settings, self._cache, budget, on_progress)
             entry, cached = self._open(parsed, order)
+            if not kind.knows(entry.sidecar.format):
+                kind.check(entry.path)
         return _asset_file(entry, parsed, cached=cached)
 
     def _open(self, reference: Reference, order: Order) -> tuple[Entry, bool]:

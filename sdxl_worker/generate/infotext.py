@@ -3,7 +3,7 @@
     prompt <lora:name:scale>
     Negative prompt: ...
     Steps: 28, Sampler: Euler a, CFG scale: 5.5, Seed: 7, Size: 1024x1024, Model hash: hash, Model: name,
-    Lora hashes: "name: hash"
+    Lora hashes: "name: hash", TI hashes: "token: hash"
 
 https://github.com/AUTOMATIC1111/stable-diffusion-webui/blob/master/modules/infotext_utils.py reads it;
 what the hashes are is said in UsedLora and in generate.model_hash.
@@ -13,12 +13,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from urllib.parse import urlsplit
 
 from sdxl_worker.lora.used import UsedLora, safe_name
+from sdxl_worker.prompts.embeddings import Embedding
 from sdxl_worker.request import DEFAULT_CLIP_SKIP, GenerationRequest
 from sdxl_worker.schedulers import SCHEDULERS
+
+
+@dataclass(frozen=True)
+class Used:
+    """What a picture was made with beside the model."""
+
+    loras: Sequence[UsedLora] = ()
+    embeddings: Sequence[Embedding] = ()
+
+
+NOTHING_USED = Used()
 
 
 def image_seed(request: GenerationRequest, index: int) -> int:
@@ -27,13 +40,14 @@ def image_seed(request: GenerationRequest, index: int) -> int:
 
 
 def infotext(
-    request: GenerationRequest, index: int, model_id: str, loras: Sequence[UsedLora] = (), *, model_hash: str = ""
+    request: GenerationRequest, index: int, model_id: str, used: Used = NOTHING_USED, *, model_hash: str = ""
 ) -> str:
     """The text for picture `index` of `request`; `model_id` is shown without its folder or query.
 
-    `model_hash` is that of generate.model_hash, left out when empty.
+    The prompt is as it was sent, followed by tags for the LoRAs that it has none for. `model_hash` is that of
+    generate.model_hash, left out when empty.
     """
-    prompt = " ".join([request.prompt, *(lora.tag for lora in loras)])
+    prompt = " ".join([request.prompt, *(lora.tag for lora in used.loras if not lora.in_prompt)])
     lines = [prompt]
     if request.negative_prompt:
         lines.append(f"Negative prompt: {request.negative_prompt}")
@@ -53,9 +67,17 @@ def infotext(
         facts["Clip skip"] = request.clip_skip
     if request.prompt_syntax == "a1111" and request.prompt_emphasis == "no_norm":
         facts["Emphasis"] = "No norm"
-    if loras:
-        hashes = ", ".join(f"{lora.short_name}: {lora.hash}" for lora in loras)
-        facts["Lora hashes"] = json.dumps(hashes, ensure_ascii=False)
+    named = {
+        "Lora hashes": [(lora.short_name, lora.hash) for lora in used.loras],
+        "TI hashes": [
+            (safe_name(embedding.token), embedding.short_hash)
+            for embedding in used.embeddings
+            if not embedding.is_bundled
+        ],
+    }
+    for name, hashes in named.items():
+        if hashes:
+            facts[name] = json.dumps(", ".join(f"{of}: {short}" for of, short in hashes), ensure_ascii=False)
     lines.append(", ".join(f"{name}: {value}" for name, value in facts.items()))
     return "\n".join(lines)
 

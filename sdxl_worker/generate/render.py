@@ -32,12 +32,14 @@ def render(
     *,
     init_image: Image | None = None,
     on_step: StepCallback | None = None,
+    embeddings: prompts.Embeddings = prompts.NO_EMBEDDINGS,
 ) -> list[Image]:
     """`request.num_images` RGB pictures of request.width x request.height pixels.
 
     Picture i is drawn with the seed `(request.seed + i) % 2**64`, so each can be asked for again on its own; several
     are drawn at once as far as the memory kept free for it reaches. With `init_image` (any size; cropped to the
     request's shape) the run is image-to-image on the same weights, and strength 0 gives that picture back.
+    `embeddings` finds the words of the prompts that have vectors of their own.
     `on_step(step, total_steps, latents)` follows each step, counted over all batches; latents are
     (pictures of the batch, 4, height / 8, width / 8) in the UNet's dtype. An exception raised in it stops the run and
     propagates. The pipeline is left as it was. Raises GenerationError when a picture holds values that are not finite.
@@ -50,7 +52,7 @@ def render(
     with ExitStack() as changes:
         changes.enter_context(samplers.applied(pipeline, request.scheduler))
         changes.enter_context(vae.precision_kept(pipeline))
-        conditioning = changes.enter_context(prompts.applied(pipeline, request))
+        conditioning = changes.enter_context(prompts.applied(pipeline, request, embeddings))
         call = functools.partial(
             mode.view(pipeline),
             **mode.arguments(request, inputs),

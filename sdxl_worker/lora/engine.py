@@ -19,6 +19,8 @@ from sdxl_worker.lora.formats.format import Change, map_tensors, tensors_of
 from sdxl_worker.lora.keys import COMPONENTS, ResidentModules
 from sdxl_worker.lora.match import Matched, match_lora
 from sdxl_worker.lora.merge import Target, WeightMerger, files_memory
+from sdxl_worker.prompts.bundled import Bundled, bundled_in
+from sdxl_worker.prompts.vectors import widths_of
 from sdxl_worker.request import LoraScale
 
 if TYPE_CHECKING:
@@ -39,11 +41,12 @@ class ParsedLora:
     facts: LoraFacts
     matched: Matched = field(repr=False)
     data: torch.Tensor = field(repr=False)
+    bundled: Bundled = field(default_factory=Bundled, repr=False)
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """What to tell the caller."""
-        return self.matched.warnings
+        return (*self.matched.warnings, *self.bundled.warnings)
 
     @functools.cached_property
     def autov3(self) -> str:
@@ -102,6 +105,7 @@ class LoraEngine:
         self._cache_bytes = ram_cache_bytes
         self._cache_lock = threading.Lock()
         self._device = pipeline.device
+        self._widths = widths_of(pipeline)
 
     def read(self, path: Path) -> ParsedLora:
         """The file at `path`, from memory when this very file was read before (a stat, no disk read, no parsing).
@@ -117,7 +121,8 @@ class LoraEngine:
             with files_memory():
                 content = read_lora(path, pinned=self._device.type == "cuda")
                 matched = match_lora(content, self._modules)
-            parsed = ParsedLora(content.facts, matched, content.data)
+                bundled = bundled_in(content.keys.bundled, content.tensors, self._widths)
+            parsed = ParsedLora(content.facts, matched, content.data, bundled)
         self._remember(key, parsed)
         return parsed
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 MAX_VALUE = 65504.0
 # Bundled embeddings that are named.
 _MAX_EMBEDDINGS = 20
+# What an embedding of SDXL holds.
+_EMBEDDING = frozenset({"clip_l", "clip_g"})
 # Hex digits.
 _AUTOV3 = 12
 
@@ -81,7 +83,7 @@ def check_lora_file(path: Path) -> LoraFacts:
     keys = _sorted_keys(header)
     alphas, data = {}, hashlib.sha256()
     for name, tensor in stream_tensors(path):
-        _check_values(name, tensor)
+        check_values(name, tensor)
         data.update(_bytes(tensor))
         if name.endswith(".alpha"):
             alphas[name] = tensor.clone()
@@ -95,7 +97,7 @@ def read_lora(path: Path, *, pinned: bool = False) -> LoraContent:
     header, data = read_tensors(path, pinned=pinned)
     tensors = view_tensors(header, data)
     for name, tensor in tensors.items():
-        _check_values(name, tensor)
+        check_values(name, tensor)
     return LoraContent(_facts(header, keys, tensors), keys, header, data, tensors)
 
 
@@ -124,12 +126,14 @@ def _sorted_keys(header: Header) -> FileKeys:
         named = [name for name in keys.unknown if "lora" in name]
         if named and (model := foreign_model(named)):
             raise made_for(model)
-        kind = "an embedding" if keys.embeddings else "a checkpoint or something else"
-        raise LoraIncompatible(f"none of the file's {len(header.entries)} tensors belongs to a LoRA; it may be {kind}")
+        kind = "it may be an embedding" if keys.embeddings else "it may be a checkpoint or something else"
+        if set(keys.unknown) >= _EMBEDDING:
+            kind = "it is an embedding: name it in `embeddings`"
+        raise LoraIncompatible(f"none of the file's {len(header.entries)} tensors belongs to a LoRA; {kind}")
     return keys
 
 
-def _check_values(name: str, tensor: torch.Tensor) -> None:
+def check_values(name: str, tensor: torch.Tensor) -> None:
     """Raise BadFile, naming the tensor, for NaN, infinities, and values beyond float16."""
     import torch
 

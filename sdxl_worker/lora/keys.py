@@ -46,16 +46,24 @@ _PREFIXES = (
     ("te2.", TEXT_ENCODER_2),
 )
 
+# OneTrainer: bundle_emb.NAME.clip_l, or bundle_emb.NAME.string_to_param.* as AUTOMATIC1111's own files have it.
 EMBEDDING_PREFIX = "bundle_emb."
+_STRING_TO_PARAM = ".string_to_param."
 
 
 @dataclass(frozen=True)
 class FileKeys:
-    """A file's keys, sorted: `modules[module as written][role] = key`, bundled embedding names, and what is neither."""
+    """A file's keys, sorted: `modules[module as written][role] = key`, of the bundled embeddings
+    `bundled[name][part] = key`, and what is neither."""
 
     modules: dict[str, dict[str, str]] = field(default_factory=dict)
-    embeddings: tuple[str, ...] = ()
+    bundled: dict[str, dict[str, str]] = field(default_factory=dict)
     unknown: tuple[str, ...] = ()
+
+    @property
+    def embeddings(self) -> tuple[str, ...]:
+        """The names of the bundled embeddings."""
+        return tuple(self.bundled)
 
     @property
     def roles(self) -> set[str]:
@@ -66,18 +74,27 @@ class FileKeys:
 def sort_keys(keys: Mapping[str, Any] | list[str]) -> FileKeys:
     """Sort tensor names by module and role; a role given twice for one module counts as unknown."""
     modules: dict[str, dict[str, str]] = {}
-    embeddings: dict[str, None] = {}
+    bundled: dict[str, dict[str, str]] = {}
     unknown = []
     for key in keys:
         if key.startswith(EMBEDDING_PREFIX):
-            embeddings[key[len(EMBEDDING_PREFIX) :].split(".")[0]] = None
+            name, part = _bundled(key)
+            bundled.setdefault(name, {})[part] = key
             continue
         split = split_key(key)
         if split is None or split[1] in modules.get(split[0], ()):
             unknown.append(key)
         else:
             modules.setdefault(split[0], {})[split[1]] = key
-    return FileKeys(modules, tuple(embeddings), tuple(unknown))
+    return FileKeys(modules, bundled, tuple(unknown))
+
+
+def _bundled(key: str) -> tuple[str, str]:
+    """(name, part) of a bundled embedding's tensor; the name may hold dots."""
+    rest = key[len(EMBEDDING_PREFIX) :]
+    separator = _STRING_TO_PARAM if _STRING_TO_PARAM in rest else "."
+    name, _, part = rest.rpartition(separator)
+    return name, part
 
 
 def split_key(key: str) -> tuple[str, str] | None:

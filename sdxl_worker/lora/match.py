@@ -14,7 +14,6 @@ from sdxl_worker.lora.keys import TEXT_ENCODER, ResidentModules, alias_of, split
 from sdxl_worker.lora.merge import Target
 from sdxl_worker.lora.peft import PeftScaling, peft_scaling
 from sdxl_worker.lora.trial import Trial, quoted
-from sdxl_worker.text import clean_text
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ def match_lora(content: LoraContent, resident: ResidentModules) -> Matched:
     """Find each module of the file in the resident model and try its formula on shapes alone.
 
     Raises LoraIncompatible: another base model, by name; "n of m modules match"; a misfitting shape, with the tensor.
-    Modules that SDXL has but the resident variant lacks are left out with a warning, as are bundled embeddings.
+    Modules that SDXL has but the resident variant lacks are left out with a warning.
     """
     base_model = content.facts.base_model
     if base_model not in (SDXL, UNKNOWN):
@@ -54,9 +53,6 @@ def match_lora(content: LoraContent, resident: ResidentModules) -> Matched:
     warnings = []
     if missing:
         warnings.append(f"{len(missing)} of {len(content.keys.modules)} modules are not in this variant of SDXL")
-    if content.keys.embeddings:
-        names = ", ".join(clean_text(name) for name in content.keys.embeddings[:10])
-        warnings.append(f"bundled embeddings are not applied: {names}")
     return Matched(changes, tuple(warnings))
 
 

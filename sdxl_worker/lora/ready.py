@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sdxl_worker.assets.asset_file import AssetFile
+from sdxl_worker.assets.reading import fetch_and_read
 from sdxl_worker.assets.store import AssetStore
-from sdxl_worker.errors import AssetFileError, FetchError, NotFound
+from sdxl_worker.errors import AssetFileError, FetchError, about
 from sdxl_worker.job_run import JobRun
 from sdxl_worker.kinds import LORA
 from sdxl_worker.lora.engine import AppliedLora, LoraEngine, ParsedLora
 from sdxl_worker.lora.used import UsedLora
+from sdxl_worker.prompts.embeddings import Embedding
 from sdxl_worker.request import LoraSpec
 
 
@@ -28,7 +31,14 @@ class ReadyLora:
     @property
     def used(self) -> UsedLora:
         """What the picture's text says of it."""
-        return UsedLora(self.file.name, self.spec.scale, self.file.autov3 or self.parsed.autov3)
+        hash_name = self.file.autov3 or self.parsed.autov3
+        return UsedLora(self.file.name, self.spec.scale, hash_name, in_prompt=bool(self.spec.tag))
+
+    @property
+    def embeddings(self) -> list[Embedding]:
+        """Those that the file holds."""
+        found = self.parsed.bundled.embeddings.items()
+        return [Embedding(name, vectors, self.file, self.spec.label, is_bundled=True) for name, vectors in found]
 
     def as_json(self, applied: AppliedLora) -> dict[str, Any]:
         """The entry of the answer's `loras`, without what the file does not say."""
@@ -47,7 +57,7 @@ class ReadyLora:
 
     def warnings(self, applied: AppliedLora) -> list[str]:
         """What to tell the caller about this entry."""
-        return [f"loras[{self.spec.index}]: {warning}" for warning in (*self.notes, *applied.warnings)]
+        return [f"{self.spec.label}: {warning}" for warning in (*self.notes, *applied.warnings)]
 
 
 def make_ready(
@@ -58,20 +68,36 @@ def make_ready(
     `engine` is called when there is something to read. Raises FetchError, AssetFileError and Cancelled.
     """
     for spec in specs:
-        assets.path_of(spec.reference, LORA)
+        with _naming([spec]), about(spec.reference):
+            assets.path_of(spec.reference, LORA)
     wanted = [spec for spec in specs if not spec.scale.is_zero]
     if not wanted:
         return []
-    references = [spec.reference for spec in wanted]
-    try:
-        files, parsed = _fetch_and_read(references, assets, engine(), run)
-    except _StaleCache:
-        # Evicted or damaged between the look into the cache and the reading: once more, from its source.
-        files, parsed = _fetch_and_read(references, assets, engine(), run)
+    with _naming(wanted):
+        files, parsed = fetch_and_read(
+            [spec.reference for spec in wanted],
+            LORA,
+            assets,
+            run,
+            lambda file: engine().read(file.path),
+            "loading_loras",
+        )
     run.facts["loras"] = [file.reference for file in files]
     run.facts["cache_hits"] = sum(file.cached for file in files)
     notes = [_keep_as(spec, file, assets) for spec, file in zip(wanted, files, strict=True)]
     return [ReadyLora(*ready) for ready in zip(wanted, files, parsed, notes, strict=True)]
+
+
+@contextlib.contextmanager
+def _naming(specs: Sequence[LoraSpec]) -> Iterator[None]:
+    """An error about a LoRA that a tag names says so: the caller knows it by the tag only."""
+    try:
+        yield
+    except (FetchError, AssetFileError) as error:
+        named = [spec for spec in specs if spec.reference == error.reference]
+        if named and all(spec.tag for spec in named):
+            error.args = (f"{named[0].label}: {error}",)
+        raise
 
 
 def _keep_as(spec: LoraSpec, file: AssetFile, assets: AssetStore) -> tuple[str, ...]:
@@ -83,31 +109,3 @@ def _keep_as(spec: LoraSpec, file: AssetFile, assets: AssetStore) -> tuple[str, 
     except FetchError as error:
         return (f"it is not kept under its name: {error}",)
     return ()
-
-
-class _StaleCache(NotFound):
-    """A cached file was gone or damaged when it was read."""
-
-
-def _fetch_and_read(
-    references: Sequence[str], assets: AssetStore, engine: LoraEngine, run: JobRun
-) -> tuple[list[AssetFile], list[ParsedLora]]:
-    with run.stage("downloading"):
-        files = assets.get_all(references, LORA, run.report_bytes, run.should_stop)
-    with run.stage("loading_loras"), assets.in_use(files), LORA.own_codes():
-        parsed = []
-        for file in files:
-            run.check_stop()
-            parsed.append(_read(engine, file, assets))
-    return files, parsed
-
-
-def _read(engine: LoraEngine, file: AssetFile, assets: AssetStore) -> ParsedLora:
-    try:
-        return engine.read(file.path)
-    except FileNotFoundError as error:
-        raise _StaleCache(f"{file.reference} vanished from the cache") from error
-    except AssetFileError as error:
-        if assets.set_aside_if_damaged(file):
-            raise _StaleCache(f"{file.reference} was damaged in the cache") from error
-        raise

@@ -15,11 +15,15 @@ _NOT_IN_A_NAME = re.compile(r'[<>:,"\s\\]+')
 
 @dataclass(frozen=True)
 class UsedLora:
-    """One LoRA of a picture: `name` is its file name in the cache, `hash` what A1111, Forge and Civitai look up."""
+    """One LoRA of a picture: `name` is its file name in the cache, `hash` what A1111, Forge and Civitai look up.
+
+    `in_prompt` says that the prompt has a tag for it already.
+    """
 
     name: str
     scale: LoraScale
     hash: str
+    in_prompt: bool = False
 
     @property
     def short_name(self) -> str:

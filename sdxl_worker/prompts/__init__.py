@@ -17,7 +17,10 @@ which never straddles two chunks; the encoder then runs with a hook that puts th
 output (`encode.vectors_in_place`). Tokenizer, token table and weights stay untouched. `NO_EMBEDDINGS` splits nothing.
 
 Tags: under a1111 `parse` takes `<lora:...>`, `<lyco:...>` and `<hypernet:...>` out of the text and gives them as
-`Tag(kind, body, text)`, in their order; what they mean is for whoever asked.
+`Tag(kind, body, text)`, in their order. `lora_tags.with_lora_tags` turns those of LoRAs into entries of the request.
+
+Embeddings: `embedding_file` says what a file is, `bundled` what a LoRA file holds, `ready.make_ready` fetches and reads
+those of a request, and `embeddings.PromptEmbeddings` is the object that finds all of them in the prompts.
 """
 
 from sdxl_worker.prompts.conditioning import Conditioning, applied, examined

@@ -77,7 +77,7 @@ def examined(
     check_layer(pipeline, request.clip_skip)
     tokenizers = tokenizers_of(pipeline)
     read_prompts(request, tokenizers, embeddings)
-    return notes_on(request, tokenizers)
+    return notes_on(request, tokenizers, embeddings)
 
 
 def _encoded(

@@ -7,31 +7,36 @@ from collections.abc import Mapping
 from typing import Any
 
 from sdxl_worker.errors import InvalidRequest
-from sdxl_worker.prompts.parse import BREAK, ParsedPrompt, parse
+from sdxl_worker.prompts.chunks import items_of
+from sdxl_worker.prompts.parse import BREAK, ParsedPrompt, Piece, parse
 from sdxl_worker.prompts.reading import syntax_of, texts_of
+from sdxl_worker.prompts.vectors import ENCODERS, NO_EMBEDDINGS, Embeddings
 from sdxl_worker.request import GenerationRequest
 from sdxl_worker.text import shown
 
 _ESCAPED = re.compile(r"\\[()\[\]]")
 
 
-def notes_on(request: GenerationRequest, tokenizers: Mapping[str, Any]) -> list[str]:
+def notes_on(
+    request: GenerationRequest, tokenizers: Mapping[str, Any], embeddings: Embeddings = NO_EMBEDDINGS
+) -> list[str]:
     """A sentence for each thing in the prompts that has no effect, or not the one that it looks like."""
     sentences = []
     for name, text in texts_of(request).items():
         if syntax_of(request) == "plain":
-            sentences += [*unread(name, text, tokenizers["text_encoder"]), *misread(name, text)]
+            sentences += [*unread(name, text, tokenizers[ENCODERS[0]], embeddings), *misread(name, text)]
         else:
             sentences += not_used(name, text)
     return sentences
 
 
-def unread(name: str, text: str, tokenizer: Any) -> list[str]:
+def unread(name: str, text: str, tokenizer: Any, embeddings: Embeddings = NO_EMBEDDINGS) -> list[str]:
     """That the prompt is longer than a text encoder reads: diffusers cuts it off silently."""
     limit = tokenizer.model_max_length
-    tokens = len(tokenizer(text, verbose=False).input_ids)
+    items = items_of([Piece(text)], tokenizer, ENCODERS[0], embeddings)
+    tokens = sum(len(item.ids) for item in items if item is not None)
     # Two of the places are taken by the start and the end of the text.
-    return [f"{name} has {tokens - 2} tokens; the model reads the first {limit - 2}"] if tokens > limit else []
+    return [f"{name} has {tokens} tokens; the model reads the first {limit - 2}"] if tokens > limit - 2 else []
 
 
 def misread(name: str, text: str) -> list[str]:
@@ -52,7 +57,9 @@ def misread(name: str, text: str) -> list[str]:
 def not_used(name: str, text: str) -> list[str]:
     """What of the a1111 syntax stands in the prompt and has no effect, or not the one it looks like."""
     parsed = parse(text, "a1111")
-    sentences = [f"{name}: {shown(tag.text)} is not supported and was left out" for tag in parsed.tags]
+    sentences = [
+        f"{name}: {shown(tag.text)} is not supported and was left out" for tag in parsed.tags if tag.kind != "lora"
+    ]
     if any(BREAK in piece.text and not piece.is_break and piece.weight != 1 for piece in parsed.pieces):
         sentences.append(f"{name}: BREAK inside of brackets is read as a word, as AUTOMATIC1111 does; put it outside")
     return sentences

@@ -20,10 +20,14 @@ MAX_CHUNKS = 20
 
 @dataclass(frozen=True)
 class ReadPrompt:
-    """The pieces of a prompt, and its chunks by text encoder: as many for each of them."""
+    """The pieces of a prompt, and its chunks by text encoder: as many for each of them.
+
+    `has_vectors` says that some of its words stand for vectors, whether the chunks hold them or they were cut off.
+    """
 
     parsed: ParsedPrompt
     chunks: Mapping[str, tuple[Chunk, ...]]
+    has_vectors: bool = False
 
     @property
     def length(self) -> int:
@@ -33,8 +37,8 @@ class ReadPrompt:
     @property
     def as_stock(self) -> str | None:
         """The text that diffusers reads to the same effect; None when it cannot."""
-        vectors = any(item.vectors for chunks in self.chunks.values() for chunk in chunks for item in chunk.items)
-        return self.parsed.pieces[0].text if self.parsed.is_plain and self.length == 1 and not vectors else None
+        is_stock = self.parsed.is_plain and self.length == 1 and not self.has_vectors
+        return self.parsed.pieces[0].text if is_stock else None
 
 
 def tokenizers_of(pipeline: StableDiffusionXLPipeline) -> dict[str, Any]:
@@ -48,15 +52,18 @@ def read(text: str, syntax: str, tokenizers: Mapping[str, Any], embeddings: Embe
     Raises InvalidRequest when it takes more than 20 chunks.
     """
     parsed = parse(text, syntax)
-    chunks = {}
+    chunks, has_vectors = {}, False
     for encoder, tokenizer in tokenizers.items():
-        items = items_of(parsed.pieces, tokenizer, encoder, embeddings)
+        items = list(items_of(parsed.pieces, tokenizer, encoder, embeddings))
+        has_vectors = has_vectors or any(item is not None and item.vectors is not None for item in items)
         chunks[encoder] = first_chunk(items) if syntax == "plain" else chunks_of(items, tokenizer)
     length = max(map(len, chunks.values()))
     if length > MAX_CHUNKS:
         raise InvalidRequest(f"takes {length} chunks of {CHUNK_PLACES} tokens and may take at most {MAX_CHUNKS}")
     # SDXL's two tokenizers give the same; where a checkpoint's do not, the shorter one has nothing more to say.
-    return ReadPrompt(parsed, {name: (*found, *[Chunk()] * (length - len(found))) for name, found in chunks.items()})
+    return ReadPrompt(
+        parsed, {name: (*found, *[Chunk()] * (length - len(found))) for name, found in chunks.items()}, has_vectors
+    )
 
 
 def read_prompts(

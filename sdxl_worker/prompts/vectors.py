@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 # The text encoders' names in the pipeline; each has the tokenizer of the same number.
 ENCODERS = ("text_encoder", "text_encoder_2")
+# Vectors (n, the encoder's width) for each text encoder by its name, as many for both.
+VectorTable = Mapping[str, torch.Tensor]
+
+
+def widths_of(pipeline: Any) -> tuple[int, int]:
+    """How many numbers a token's vector has in each text encoder."""
+    first, second = (getattr(pipeline, name).config.hidden_size for name in ENCODERS)
+    return int(first), int(second)
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,8 @@ from pathlib import Path
 from PIL.Image import Image
 
 from sdxl_worker.generate.images import EncodedImage, encode, save_locally
-from sdxl_worker.generate.infotext import image_seed, infotext
+from sdxl_worker.generate.infotext import Used, image_seed, infotext
 from sdxl_worker.job_run import JobRun
-from sdxl_worker.lora.used import UsedLora
 from sdxl_worker.request import GenerationRequest
 from sdxl_worker.serving.mode import LOCAL_OUTPUT, Mode
 from sdxl_worker.serving.upload import bucket_is_configured, upload
@@ -35,7 +34,7 @@ class Delivered:
 def deliver(
     pictures: Sequence[Image],
     request: GenerationRequest,
-    used: Sequence[UsedLora],
+    used: Used,
     run: JobRun,
     settings: Settings,
     mode: Mode,

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from sdxl_worker.generate.infotext import image_seed, infotext, model_name
+from sdxl_worker.generate.infotext import Used, image_seed, infotext, model_name
 from sdxl_worker.lora.used import UsedLora
 from sdxl_worker.request import GenerationRequest, LoraScale
 
@@ -21,7 +21,7 @@ def settings_of(text: str) -> dict[str, str]:
 
 
 def test_the_three_lines():
-    text = infotext(REQUEST, 0, "org/some-model", [LORA], model_hash="31e35c80fc")
+    text = infotext(REQUEST, 0, "org/some-model", Used([LORA]), model_hash="31e35c80fc")
     prompt, negative, _ = text.splitlines()
     assert prompt == "a cat <lora:my_style_v2:0.8>"
     assert negative == "Negative prompt: blur"

@@ -12,7 +12,7 @@ from tests.hostile.case import SECRET, Case, job, words
 FIELDS = (
     *("prompt", "negative_prompt", "height", "width", "seed", "scheduler", "num_inference_steps", "guidance_scale"),
     *("num_images", "image_url", "strength", "refiner_inference_steps", "high_noise_frac", "loras", "output_format"),
-    *("output_quality", "preview", "prompt_syntax", "prompt_emphasis", "clip_skip", "inspect_prompt"),
+    *("output_quality", "preview", "prompt_syntax", "prompt_emphasis", "clip_skip", "inspect_prompt", "embeddings"),
 )
 SCHEDULERS = ("PNDM", "KLMS", "DDIM", "K_EULER", "K_EULER_ANCESTRAL", "DPMSolverMultistep", "DPMSolverSinglestep")
 
@@ -58,6 +58,22 @@ SECRETS = words(f"""
     https:bob:{SECRET}@host http://127.0.0.1:1/x?token={SECRET} http://u%3a{SECRET}%40h/x http://[bad?sig={SECRET}
     http://127.0.0.1:1/x#{SECRET} http://127.0.0.1:1/x.safetensors?X-Amz-Signature={SECRET}&b=1
 """)
+# What people and others call embeddings.
+TOKENS = (
+    "bad hands",
+    "(x)",
+    "[a|b:0.5]",
+    "<s0>",
+    "<s0><s1>",
+    "BREAK",
+    "a",
+    "*",
+    ":",
+    "\\",
+    "e" * 200,
+    "\u0345\u0345",
+    "x " * 90,
+)
 REFERENCES = ("", " ", "a\0b", "\ud800", *NAMES, *LONG, *SECRETS)
 SCALES: tuple[Any, ...] = (
     *(0, 1, -1, 0.8, 100, -100, 100.1, -1e30, 1e300, 3.5e38, 10**400, math.nan, math.inf, None, True, "1", [], {}),
@@ -113,6 +129,22 @@ def _loras(random: Random) -> dict[str, Any]:
     return {"loras": [entry(random) for _ in range(random.choice((1, 1, 1, 2, 5, 33)))]}
 
 
+def _embeddings(random: Random) -> dict[str, Any]:
+    made = [entry(random) for _ in range(random.choice((1, 1, 2, 65)))]
+    for one in made:
+        if isinstance(one, dict) and random.random() < 0.7:
+            one["token"] = random.choice((*TOKENS, *VALUES))
+    prompt = " ".join(random.choice(TOKENS) for _ in range(random.choice((1, 50, 400))))
+    return {"embeddings": made, "prompt": prompt[:10_000], "prompt_syntax": random.choice(("plain", "a1111"))}
+
+
+def _tags(random: Random) -> dict[str, Any]:
+    numbers = (":1", ":0.5:1", ":te=1:unet=x", ":nan", ":" * 50, ":1e999", ":-101", ">", "", ":1:1:1", ":٣")
+    tags = [f"<lora:{random.choice(REFERENCES)}{random.choice(numbers)}>" for _ in range(random.choice((1, 2, 33)))]
+    prompt = " ".join(tags).replace("\0", "").encode("utf-8", "ignore").decode()[:10_000]
+    return {random.choice(("prompt", "prompt", "negative_prompt")): prompt, "prompt_syntax": "a1111"}
+
+
 def _unknown(random: Random) -> dict[str, Any]:
     names = ("", "Prompt", "__class__", "\ud800", "x" * 10_000, "loras[0]", "a\nb")
     many = {f"f{index}": None for index in range(random.choice((0, 0, 3000)))}
@@ -155,6 +187,8 @@ _KINDS: tuple[tuple[int, Callable[[Random], Any]], ...] = (
     (4, _several_fields),
     (2, _good),
     (8, _loras),
+    (2, _embeddings),
+    (2, _tags),
     (2, _unknown),
     (1, _deep),
     (2, _large),

@@ -82,11 +82,22 @@ def test_unknown_tensors_are_refused(engine, pipeline, good, tmp_path: Path):
     _refused(engine, pipeline, path, "1 of 4 tensors have names this worker does not know, such as 'something.else'")
 
 
-def test_bundled_embeddings_are_named(engine, good, tmp_path: Path):
+def test_a_bundled_embedding_for_one_text_encoder_is_named(engine, good, tmp_path: Path):
     bundle = {"bundle_emb.cat.string_to_param.clip_l": torch.ones(1, 16)}
     parsed = engine.read(save(tmp_path / "a.safetensors", good | bundle))
-    assert parsed.warnings == ("bundled embeddings are not applied: cat",)
+    assert parsed.warnings == (
+        "the bundled embedding 'cat' is not applied: this embedding has vectors for one text encoder, 16 numbers wide; "
+        "one for SDXL has two, 768 and 1280",
+    )
     assert parsed.facts.embeddings == ("cat",)
+
+
+def test_a_thousand_bundled_embeddings_are_bounded(engine, good, tmp_path: Path):
+    bundle = {f"bundle_emb.e{index}.clip_l": torch.ones(1, 16) for index in range(1000)}
+    bundle |= {f"bundle_emb.e{index}.clip_g": torch.ones(1, 24) for index in range(1000)}
+    parsed = engine.read(save(tmp_path / "a.safetensors", good | bundle))
+    assert len(parsed.bundled.embeddings) == 64
+    assert parsed.warnings == ("936 of 1000 bundled embeddings are not applied",)
 
 
 @pytest.mark.parametrize("suffix", ["lora_up.weight", "lora_down.weight"])

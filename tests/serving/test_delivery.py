@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sdxl_worker.generate.infotext import NOTHING_USED
 from sdxl_worker.job_run import JobRun
 from sdxl_worker.request import GenerationRequest
 from sdxl_worker.serving.answers import RUN_LIMIT, check_size
@@ -26,7 +27,7 @@ def noise(side: int) -> Image.Image:
 
 def delivered(pictures: list[Image.Image], room: int | None, mode: Mode = Mode.PRODUCTION, **fields) -> Delivered:
     request = GenerationRequest(prompt="a", seed=7, num_images=len(pictures), **fields)
-    return deliver(pictures, request, [], JobRun("job", Turns().ticket()), Settings(), mode, room)
+    return deliver(pictures, request, NOTHING_USED, JobRun("job", Turns().ticket()), Settings(), mode, room)
 
 
 def test_two_large_pictures_fit_an_answer_with_the_copy_of_the_first():

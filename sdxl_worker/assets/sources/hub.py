@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_FILE = "pytorch_lora_weights.safetensors"
+LORA_FILE = "pytorch_lora_weights.safetensors"
 PEFT_STEM, PEFT_CONFIG = "adapter_model", "adapter_config.json"
 METADATA_TIMEOUT_S = 10.0
 ATTEMPTS = 3
@@ -49,11 +49,15 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class HubReference(RemoteReference):
-    """A file of a Hugging Face repo; `path` is a file, or a folder ("" = the repo's root) to choose the file from."""
+    """A file of a Hugging Face repo; `path` is a file, or a folder ("" = the repo's root) to choose the file from.
+
+    `usual_file` is the one that is taken where a folder has it.
+    """
 
     repo: str
     revision: str = "main"
     path: str = ""
+    usual_file: str = LORA_FILE
 
     @property
     def is_file(self) -> bool:
@@ -66,7 +70,9 @@ class HubReference(RemoteReference):
 
     @property
     def canonical(self) -> str:
-        return f"hf:{self.repo}@{self.revision}/{self.path}"
+        # One folder may mean another file for another kind of asset; LoRAs were here first.
+        other = "" if self.is_file or self.usual_file == LORA_FILE else f"?{self.usual_file}"
+        return f"hf:{self.repo}@{self.revision}/{self.path}{other}"
 
     @property
     def shown(self) -> str:
@@ -120,7 +126,7 @@ def _parse_name(text: str, asked: str, kind: Kind) -> HubReference:
     parts = path.split("/") if path else []
     if any(part in ("", ".", "..") or len(part) > MAX_PART for part in parts) or not revision.strip("."):
         raise BadReference(f"the {kind.name} reference {mask(asked)} names no valid path inside the repo")
-    return HubReference(found["repo"], revision, path)
+    return HubReference(found["repo"], revision, path, kind.usual_file)
 
 
 def _locate(reference: HubReference, settings: Settings, budget: Budget) -> Location:
@@ -171,15 +177,18 @@ def _peft_config(path: str, look_up: Callable[[str], tuple[Any, Target]]) -> Tar
 
 
 def choose_file(files: list[str], reference: HubReference) -> str:
-    """The one LoRA among a repo's files (or a folder's): the usual name, or the only .safetensors there is.
+    """The one meant among a repo's files (or a folder's): the usual name, or the only .safetensors there is.
+
+    Where another kind of file is looked for, a LoRA under its usual name is passed over.
 
     Raises NotFound when there is none, Ambiguous with the candidates when there are several.
     """
     folder = f"{reference.path}/" if reference.path else ""
     inside = [name for name in files if name.startswith(folder)]
-    if folder + DEFAULT_FILE in inside:
-        return folder + DEFAULT_FILE
-    weights = sorted(name for name in inside if name.lower().endswith(".safetensors"))
+    usual = folder + reference.usual_file
+    if usual in inside:
+        return usual
+    weights = sorted(name for name in inside if name.lower().endswith(".safetensors") and name != folder + LORA_FILE)
     if len(weights) == 1:
         return weights[0]
     if weights:

@@ -12,7 +12,7 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from download_weights import download_lora
 from sdxl_worker import errors, kinds
@@ -143,6 +143,21 @@ def test_which_file_a_repo_means(stand_in: Hub, tmp_path: Path):
         get("user/many", stand_in, tmp_path)
     assert get("user/many/v", stand_in, tmp_path).path.read_bytes() == OTHER
     assert get("https://huggingface.co/user/many/tree/main/v", stand_in, tmp_path).path.read_bytes() == OTHER
+
+
+def test_a_repo_of_lora_and_embedding_means_either(stand_in: Hub, tmp_path: Path):
+    """As diffusers' advanced training script leaves it; the same reference is another file for each kind."""
+    embedding = save({"clip_l": torch.ones(2, 768), "clip_g": torch.ones(2, 1280)})
+    stand_in.add("user/both", Repo({DEFAULT: LORA, "both_emb.safetensors": embedding, "learned.bin": b""}))
+    stand_in.add("user/usual", Repo({"learned_embeds.safetensors": embedding, "a.safetensors": LORA}))
+    stand_in.add("user/lora", Repo({DEFAULT: LORA}))
+    store = AssetStore(settings_for(tmp_path, hf_endpoint=stand_in.endpoint))
+    for _ in range(2):
+        assert store.get("user/both", kinds.LORA).path.read_bytes() == LORA
+        assert store.get("user/both", kinds.EMBEDDING).path.read_bytes() == embedding
+    assert store.get("user/usual", kinds.EMBEDDING).path.read_bytes() == embedding
+    with pytest.raises(errors.NotFound):
+        store.get("user/lora", kinds.EMBEDDING)
 
 
 def age(path: Path, seconds: float) -> None:

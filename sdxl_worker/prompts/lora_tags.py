@@ -1,0 +1,89 @@
+"""The LoRAs that tags in a prompt name: `<lora:REFERENCE:WEIGHT>`, as AUTOMATIC1111 and Forge read them.
+
+Two numbers are the text encoders' and the UNet's scale, in that order, and `te=` and `unet=` name them
+(extensions-builtin/Lora/extra_networks_lora.py in both).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+from sdxl_worker.errors import InvalidRequest
+from sdxl_worker.lora_entries import parse_lora_entries
+from sdxl_worker.masking import mask
+from sdxl_worker.prompts.parse import Tag, parse
+from sdxl_worker.prompts.reading import syntax_of, texts_of
+from sdxl_worker.request import MAX_LORAS, GenerationRequest, LoraSpec
+
+_NUMBER = re.compile(r"\s*(?:(te|unet)\s*=\s*)?([+-]?(?:\d{1,30}(?:\.\d{0,30})?|\.\d{1,30})(?:[eE][+-]?\d{1,3})?)\s*")
+# `civitai:12345` is a reference and not the name "civitai" with a weight.
+_NEEDS_MORE = frozenset({"civitai", "https", "http"})
+
+
+def with_lora_tags(request: GenerationRequest) -> GenerationRequest:
+    """The request with the LoRAs of its prompt's tags after those of `loras`; the prompt stays as it is.
+
+    A weight out of range is a skipped tag, named in `warnings`. Raises InvalidRequest for tags in the negative prompt
+    and for too many LoRAs.
+    """
+    tags = {
+        name: [tag for tag in _tags_of(text, syntax_of(request), name) if tag.kind == "lora"]
+        for name, text in texts_of(request).items()
+    }
+    if unwanted := tags.get("negative_prompt"):
+        raise InvalidRequest(
+            f"negative_prompt holds the tag {_label(unwanted[0])}: LoRAs are named in prompt or in loras"
+        )
+    if not tags["prompt"]:
+        return request
+    specs: list[LoraSpec] = []
+    warnings = list(request.warnings)
+    for tag in tags["prompt"]:
+        found, skipped = _spec_of(tag)
+        specs += found
+        warnings += skipped
+    number = len(request.loras) + len(specs)
+    if number > MAX_LORAS:
+        raise InvalidRequest(f"loras and the tags in prompt name {number} LoRAs and may name at most {MAX_LORAS}")
+    return dataclasses.replace(request, loras=(*request.loras, *specs), loras_requested=True, warnings=tuple(warnings))
+
+
+def _tags_of(text: str, syntax: str, name: str) -> tuple[Tag, ...]:
+    try:
+        return parse(text, syntax).tags
+    except InvalidRequest as error:
+        raise InvalidRequest(f"{name} {error}") from None
+
+
+def _spec_of(tag: Tag) -> tuple[list[LoraSpec], list[str]]:
+    """The LoRA that the tag names, or why it is skipped."""
+    reference, numbers = split_body(tag.body)
+    text = numbers.get("te", 1.0)
+    unet = numbers.get("unet", text)
+    scale = unet if unet == text else {"unet": unet, "text_encoder": text, "text_encoder_2": text}
+    specs, warnings = parse_lora_entries([{"path": reference, "scale": scale}])
+    label = _label(tag)
+    named = [dataclasses.replace(spec, tag=label) for spec in specs]
+    return named, [f"the tag {label}{warning.removeprefix('loras[0]')}" for warning in warnings]
+
+
+def split_body(body: str) -> tuple[str, dict[str, float]]:
+    """(reference, numbers by "te" and "unet"): up to two numbers, split off from the right, since URLs hold colons."""
+    parts = body.split(":")
+    taken: list[re.Match[str]] = []
+    while len(parts) > 1 and len(taken) < 2 and parts[-2].strip().lower() not in _NEEDS_MORE:
+        match = _NUMBER.fullmatch(parts[-1])
+        if match is None:
+            break
+        taken.insert(0, match)
+        parts.pop()
+    numbers = {}
+    for place, match in zip(("te", "unet"), taken, strict=False):
+        numbers[match[1] or place] = float(match[2])
+    return ":".join(parts).strip(), numbers
+
+
+def _label(tag: Tag) -> str:
+    """The tag as it may be shown: a URL in it without its query."""
+    return f"<lora:{mask(split_body(tag.body)[0])}>"
