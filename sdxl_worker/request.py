@@ -9,6 +9,7 @@ from typing import Any
 
 from sdxl_worker.checks import MAX_URL_CHARACTERS, Check, choice, number, or_null, switch, text, url, whole
 from sdxl_worker.schedulers import scheduler_names
+from sdxl_worker.settings import PROMPT_SYNTAXES
 from sdxl_worker.text import is_unicode, shown
 
 MAX_PROMPT_CHARACTERS = 10_000
@@ -19,7 +20,6 @@ MAX_IMAGES = 4
 MAX_SEED = 2**64 - 1
 MAX_LORAS = 32
 MAX_EMBEDDINGS = 64
-PROMPT_SYNTAXES = ("plain", "a1111")
 EMPHASIS_RULES = ("original", "no_norm", "comfyui")
 # As Civitai counts: SDXL itself reads the layer before the last, and CLIP-L has twelve.
 DEFAULT_CLIP_SKIP, MAX_CLIP_SKIP = 2, 12

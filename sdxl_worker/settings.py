@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from sdxl_worker.checks import Check, choice, number, text, url, whole
-from sdxl_worker.request import PROMPT_SYNTAXES
 
+PROMPT_SYNTAXES = ("plain", "a1111")
 # Linux does not pass longer variables to a process.
 _TEXT = text(2**17)
 

@@ -16,8 +16,8 @@ from sdxl_worker.errors import InvalidRequest
 from sdxl_worker.prompts.inspect import inspection
 from sdxl_worker.prompts.notes import notes_on
 from sdxl_worker.prompts.vectors import ENCODERS
-from sdxl_worker.request import EMPHASIS_RULES, PROMPT_SYNTAXES
-from sdxl_worker.settings import Settings
+from sdxl_worker.request import EMPHASIS_RULES
+from sdxl_worker.settings import PROMPT_SYNTAXES, Settings
 from sdxl_worker.validation import validate_request
 
 SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
