@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from sdxl_worker.assets.cache import Entry
-from sdxl_worker.assets.connect import Target
 from sdxl_worker.assets.eviction import evict
 from sdxl_worker.assets.fetch import fetch_bytes, fetch_to
 from sdxl_worker.assets.folder import temporary_file
@@ -44,7 +43,7 @@ RECHECK_S = 600.0
 RETRY_UNREACHABLE_S = 60.0
 # How much temporary space files of a kind without a limit may take when their folder cannot be written.
 TEMPORARY_SPACE_BYTES = 8e9
-MAX_PEFT_CONFIG = 256 * 1024
+MAX_BESIDE = 256 * 1024
 
 _UNREACHABLE = (FetchFailed, FetchTimeout, FetchIncomplete)
 
@@ -171,7 +170,7 @@ def _download_into(folder: Path, reference: RemoteReference, location: Location,
             checked_at=time.time(),
             source_sha256=fetched.sha256,
         )
-        if order.kind.takes_pickles and (is_pickle(temporary) or location.peft_config):
+        if order.kind.takes_pickles and (is_pickle(temporary) or location.beside):
             return _publish_rewritten(temporary, path, sidecar, location, order)
         return order.cache.publish(temporary, path, replace(sidecar, **fields_from(order.kind.check(temporary))))
 
@@ -185,16 +184,13 @@ def _publish_rewritten(source: Path, path: Path, sidecar: Sidecar, location: Loc
                 raise BadFile("the file is a pickle under the name of a .safetensors file")
             pickle_to_safetensors(source, converted, order.budget)
             source = converted
-        metadata = _peft_metadata(location.peft_config, order) if location.peft_config else {}
+        metadata = {
+            name: fetch_bytes(target, max_bytes=MAX_BESIDE, budget=order.budget).decode("utf-8", "replace")
+            for name, target in location.beside.items()
+        }
         add_metadata(source, final, metadata)
         facts = dict(order.kind.check(final))
         if was_pickle:
             # Others know a pickle by the hash of the whole file.
             facts["autov3"] = sidecar.source_sha256[:12]
         return order.cache.publish(final, path, replace(sidecar, sha256=file_sha256(final), **fields_from(facts)))
-
-
-def _peft_metadata(target: Target, order: Order) -> dict[str, str]:
-    """adapter_config.json under the name that diffusers gives it in a file's metadata."""
-    config = fetch_bytes(target, max_bytes=MAX_PEFT_CONFIG, budget=order.budget)
-    return {"lora_adapter_metadata": config.decode("utf-8", "replace")}

@@ -7,8 +7,9 @@ tensor, often below `string_to_param` (https://github.com/AUTOMATIC1111/stable-d
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from sdxl_worker.assets.safetensors_file import Header, read_header, stream_tens
 from sdxl_worker.errors import AssetFileError, EmbeddingIncompatible, WrongFile
 from sdxl_worker.lora.file import check_values
 from sdxl_worker.lora.keys import sort_keys
+from sdxl_worker.lora.metadata import json_object
 from sdxl_worker.prompts.chunks import CHUNK_PLACES
 from sdxl_worker.prompts.vectors import ENCODERS, VectorTable
 from sdxl_worker.text import clean_text
@@ -30,6 +32,8 @@ SDXL_WIDTHS = (768, 1280)
 _SINGLE = {768: "Stable Diffusion 1.5", 1024: "Stable Diffusion 2"}
 # Tensors beside clip_l that another model's third encoder reads.
 _FOREIGN = {"t5": "Stable Diffusion 3 or Flux", "t5xxl": "Stable Diffusion 3 or Flux"}
+# cog-sdxl's names of single vectors, and how many words of a token map are read.
+_SEPARATE, _MAX_WORDS = re.compile(r"<s(\d{1,3})>"), 20
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 
 
@@ -37,11 +41,13 @@ _FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 class EmbeddingContent:
     """A checked file in memory: `vectors` for each text encoder, as many for both.
 
-    `separate` says that each of them also has a token of its own, `<s0>`, `<s1>` and so on, as cog-sdxl writes them.
+    `separate` says that each of them also has a token of its own, `<s0>`, `<s1>` and so on, as cog-sdxl writes them;
+    `token_map` are words that stand for some of those in a row, by their numbers.
     """
 
     vectors: VectorTable
-    separate: bool
+    separate: bool = False
+    token_map: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def check_embedding_file(path: Path) -> dict[str, Any]:
@@ -73,7 +79,21 @@ def read_embedding(path: Path, widths: Sequence[int]) -> EmbeddingContent:
         check_values(name, tensor)
         if name in names:
             found[name] = tensor.clone()
-    return EmbeddingContent(fitted([found[name] for name in names], widths), separate=names == COG_NAMES)
+    vectors = fitted([found[name] for name in names], widths)
+    if names != COG_NAMES:
+        return EmbeddingContent(vectors)
+    return EmbeddingContent(vectors, True, _token_map(header, len(vectors[ENCODERS[0]])))
+
+
+def _token_map(header: Header, count: int) -> dict[str, tuple[int, ...]]:
+    """What cog-sdxl's special_params.json says, `{"TOK": "<s0><s1>"}`, without what is not of this form."""
+    found = {}
+    for name, value in list(json_object(header.metadata.get("token_map")).items())[:_MAX_WORDS]:
+        text = clean_text(value)
+        rows = tuple(int(row) for row in _SEPARATE.findall(text))
+        if rows and max(rows) < count and not _SEPARATE.sub("", text).strip() and clean_text(name):
+            found[clean_text(name)] = rows
+    return found
 
 
 def fitted(tensors: Sequence[torch.Tensor], widths: Sequence[int]) -> VectorTable:

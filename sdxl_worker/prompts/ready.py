@@ -15,7 +15,6 @@ from sdxl_worker.job_run import JobRun
 from sdxl_worker.kinds import EMBEDDING
 from sdxl_worker.prompts.embedding_file import EmbeddingContent, read_embedding
 from sdxl_worker.prompts.embeddings import Embedding
-from sdxl_worker.prompts.vectors import VectorTable
 from sdxl_worker.request import EmbeddingSpec
 from sdxl_worker.text import clean_text
 
@@ -65,12 +64,13 @@ def token_of(reference: str, name: str) -> str:
 
 
 def _embedding(spec: EmbeddingSpec, token: str, file: AssetFile, content: EmbeddingContent) -> Embedding:
-    more: dict[str, VectorTable] = {}
-    if content.separate:
-        token = spec.token or COG_TOKEN
-        count = len(next(iter(content.vectors.values())))
-        more = {
-            f"<s{row}>": {encoder: rows[row : row + 1] for encoder, rows in content.vectors.items()}
-            for row in range(count)
-        }
-    return Embedding(token, content.vectors, file, spec.label, more=more)
+    if not content.separate:
+        return Embedding(token, content.vectors, file, spec.label)
+    count = len(next(iter(content.vectors.values())))
+    numbers = {**content.token_map, **{f"<s{row}>": (row,) for row in range(count)}}
+    more = {
+        name: {encoder: vectors[list(rows)] for encoder, vectors in content.vectors.items()}
+        for name, rows in numbers.items()
+    }
+    whole = next((name for name, rows in content.token_map.items() if rows == tuple(range(count))), COG_TOKEN)
+    return Embedding(spec.token or whole, content.vectors, file, spec.label, more=more)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from sdxl_worker.assets.asset_file import AssetFile
 from sdxl_worker.errors import InvalidRequest
@@ -129,18 +130,21 @@ def test_nothing_of_the_pipeline_changes(vivid, known) -> None:
         encoders = (vivid.text_encoder, vivid.text_encoder_2)
         return [value.clone() for encoder in encoders for value in (*encoder.parameters(), *encoder.buffers())]
 
-    plain = asked("a cat, oil painting", syntax="plain")
+    plain = asked("a cat, oil painting", syntax="plain", strength=0.6)
     before, places = state(), [value.data_ptr() for value in vivid.text_encoder.parameters()]
     vocabularies = [tokenizer.get_vocab() for tokenizer in tokenizers_of(vivid).values()]
-    first = np.asarray(render(vivid, plain)[0])
+    start = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    requests = [dataclasses.replace(plain, prompt_syntax=syntax) for syntax in ("plain", "a1111")]
+    first = [np.asarray(render(vivid, plain, init_image=image)[0]) for image in (None, start)]
     render(vivid, asked("a eight, (one:1.3)", "eight"), embeddings=known[0])
     with pytest.raises(RuntimeError, match="size"):
         render(vivid, asked("bad"), embeddings=PromptEmbeddings([embedding("bad", vectors(vivid, 2)[::-1])]))
     assert all(torch.equal(one, other) for one, other in zip(before, state(), strict=True))
     assert places == [value.data_ptr() for value in vivid.text_encoder.parameters()]
     assert vocabularies == [tokenizer.get_vocab() for tokenizer in tokenizers_of(vivid).values()]
-    for request in (plain, dataclasses.replace(plain, prompt_syntax="a1111")):
-        assert np.array_equal(np.asarray(render(vivid, request)[0]), first)
+    for request in requests:
+        again = [np.asarray(render(vivid, request, init_image=image)[0]) for image in (None, start)]
+        assert np.array_equal(again, first)
 
 
 def test_which_are_used(vivid, known) -> None:

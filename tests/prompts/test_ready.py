@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 import torch
 
@@ -19,6 +21,7 @@ from sdxl_worker.topology import write_example_lora
 from tests.support.download_files import published
 from tests.support.embedding_files import save_embedding
 from tests.support.http_server import FileServer, whole
+from tests.support.hub_server import Hub, Repo
 
 TWO = (torch.randn(2, 16), torch.randn(2, 24))
 
@@ -74,6 +77,25 @@ def test_cog_s_file_has_a_token_for_each_vector(store: AssetStore, tmp_path: Pat
     assert torch.equal(found.tokens["<s1>"]["text_encoder"], TWO[0][1:])
     assert torch.equal(found.tokens["TOK"]["text_encoder"], TWO[0])
     assert list(ready(store, EmbeddingSpec("embeddings", "style"))[0].tokens) == ["<s0>", "<s1>", "style"]
+
+
+def test_cog_s_token_map_lies_beside_it_in_a_repo(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS", "true")
+    names = ("text_encoders_0", "text_encoders_1")
+    content = save_embedding(tmp_path / "source" / "a.safetensors", TWO, names).read_bytes()
+    odd = {"MAN": "<s0><s1>", "FACE": "<s1>", "FAR": "<s2>", "TEXT": "<s0> x", "LIST": ["<s0>"], "": "<s0>"}
+    with FileServer() as server, FileServer() as cdn:
+        hub = Hub(server, cdn)
+        hub.add("user/cog", Repo({"embeddings.pti": content, "special_params.json": json.dumps(odd).encode()}))
+        hub.add("user/old", Repo({"embeddings.pti": content, "special_params.json": b"[" * 100_000}))
+        store = AssetStore(Settings(lora_cache_dir=tmp_path / "loras", hf_endpoint=hub.endpoint))
+        (found,) = ready(store, EmbeddingSpec("user/cog/embeddings.pti"))
+        (old,) = ready(store, EmbeddingSpec("user/old/embeddings.pti"))
+    assert (found.token, list(found.tokens)) == ("MAN", ["MAN", "FACE", "<s0>", "<s1>"])
+    assert torch.equal(found.tokens["FACE"]["text_encoder_2"], TWO[1][1:])
+    assert torch.equal(found.tokens["MAN"]["text_encoder"], TWO[0])
+    assert list(old.tokens) == ["<s0>", "<s1>", "TOK"]
 
 
 @pytest.mark.parametrize("nested", [False, True])

@@ -32,7 +32,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-PEFT_STEM, PEFT_CONFIG = "adapter_model", "adapter_config.json"
+# What PEFT saves beside its weights holds the alpha that the tensors lack; its name in metadata is diffusers'.
+PEFT_STEM, PEFT_CONFIG, PEFT_METADATA = "adapter_model", "adapter_config.json", "lora_adapter_metadata"
+# What cog-sdxl saves beside its embeddings: which words of a prompt stand for which of the vectors.
+COG_SUFFIX, COG_TOKEN_MAP, COG_METADATA = ".pti", "special_params.json", "token_map"
 METADATA_TIMEOUT_S = 10.0
 ATTEMPTS = 3
 RETRY_S = 0.5
@@ -161,19 +164,25 @@ def _locate(reference: HubReference, settings: Settings, budget: Budget) -> Loca
         identity=f"{path}:{etag or found.commit_hash}",
         sha256=etag if re.fullmatch(r"[0-9a-f]{64}", etag) else "",
         suffix=PurePosixPath(path).suffix.lower(),
-        peft_config=_peft_config(path, look_up),
+        beside=_beside(path, look_up),
     )
 
 
-def _peft_config(path: str, look_up: Callable[[str], tuple[Any, Target]]) -> Target | None:
-    """The settings that PEFT saves beside `adapter_model.safetensors`, where the repo has them."""
-    if PurePosixPath(path).stem != PEFT_STEM:
-        return None
+def _beside(path: str, look_up: Callable[[str], tuple[Any, Target]]) -> dict[str, Target]:
+    """The JSON files that belong to the weights at `path`, where the repo has them."""
+    weights = PurePosixPath(path)
+    if weights.stem == PEFT_STEM:
+        metadata, name = PEFT_METADATA, PEFT_CONFIG
+    elif weights.suffix == COG_SUFFIX:
+        metadata, name = COG_METADATA, COG_TOKEN_MAP
+    else:
+        return {}
     try:
-        return look_up(str(PurePosixPath(path).with_name(PEFT_CONFIG)))[1]
+        return {metadata: look_up(str(weights.with_name(name)))[1]}
     except NotFound:
-        logger.warning("%s has no %s beside it: alpha is taken to be the rank", path, PEFT_CONFIG)
-        return None
+        what = "alpha is taken to be the rank" if name == PEFT_CONFIG else "its tokens are taken to be in a row"
+        logger.warning("%s has no %s beside it: %s", path, name, what)
+        return {}
 
 
 def choose_file(files: list[str], reference: HubReference) -> str:
