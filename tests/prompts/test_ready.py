@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
 import torch
 
+from sdxl_worker.assets.sidecar import sidecar_path
 from sdxl_worker.assets.store import AssetStore
 from sdxl_worker.errors import InvalidRequest, WorkerError
 from sdxl_worker.job_run import JobRun
@@ -68,6 +71,15 @@ def test_from_a_url_into_the_cache_of_the_loras(store: AssetStore, tmp_path: Pat
     assert torch.equal(first.vectors["text_encoder_2"], TWO[1])
     assert published(tmp_path / "loras") == [first.file.name]
     assert first.as_json() == {"token": "My style", "name": first.file.name, "vectors": 2, "sha256": first.file.sha256}
+
+
+def test_it_counts_in_the_cache_s_limit_and_is_evicted(store: AssetStore, tmp_path: Path) -> None:
+    content = save_embedding(tmp_path / "source" / "a.safetensors", TWO).read_bytes()
+    with FileServer() as server:
+        (found,) = ready(store, EmbeddingSpec(server.add("/a.safetensors", whole(content))))
+    os.utime(sidecar_path(found.file.path), (1, 1))
+    few = AssetStore(dataclasses.replace(store.settings, lora_cache_max_gb=1e-9))
+    assert few.prune(LORA) == [found.file.path]
 
 
 def test_cog_s_file_has_a_token_for_each_vector(store: AssetStore, tmp_path: Path) -> None:
