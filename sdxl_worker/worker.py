@@ -19,19 +19,15 @@ from PIL.Image import Image
 from sdxl_worker.assets.store import AssetStore
 from sdxl_worker.errors import Cancelled, ModelUnavailable, OutOfMemory
 from sdxl_worker.generate.base_model import find_base_model
-from sdxl_worker.generate.infotext import Used
-from sdxl_worker.generate.input_image import fetch_input_image
+from sdxl_worker.generate.prepare import Prepared, inspected, prepare
 from sdxl_worker.job_run import Denoising, JobRun, NoProgress, Progress
 from sdxl_worker.kinds import EMBEDDING, LORA
 from sdxl_worker.logs import current_job
 from sdxl_worker.lora.engine import AppliedLora, LoraEngine, ParsedLora
-from sdxl_worker.lora.ready import ReadyLora, make_ready
+from sdxl_worker.lora.ready import make_ready
 from sdxl_worker.lora_entries import parse_lora_entries
-from sdxl_worker.prompts.embeddings import PromptEmbeddings
 from sdxl_worker.prompts.lora_tags import with_lora_tags
-from sdxl_worker.prompts.ready import make_ready as ready_embeddings
-from sdxl_worker.prompts.vectors import widths_of
-from sdxl_worker.request import GenerationRequest, LoraScale, LoraSpec
+from sdxl_worker.request import GenerationRequest, LoraScale
 from sdxl_worker.serving.answers import answer_limit, check_size, json_size, sendable
 from sdxl_worker.serving.delivery import deliver
 from sdxl_worker.serving.faults import Health, as_worker_error, free_memory
@@ -179,7 +175,7 @@ class Worker:
             logger.warning("%s", warning)
         run = self.start_run({})
         try:
-            ready = self._ready_loras(pipeline, specs, run)
+            ready = make_ready(specs, self.assets, lambda: self.engine_of(pipeline), run)
         finally:
             run.finish("loras only")
         return [lora.file.path for lora in ready], [lora.spec.scale for lora in ready]
@@ -196,9 +192,6 @@ class Worker:
         wanted = [scale if isinstance(scale, LoraScale) else LoraScale.uniform(float(scale)) for scale in scales]
         return engine.apply(list(zip(parsed, wanted, strict=True)))
 
-    def _ready_loras(self, pipeline: Any, specs: Sequence[LoraSpec], run: JobRun) -> list[ReadyLora]:
-        return make_ready(specs, self.assets, functools.partial(self.engine_of, pipeline), run)
-
     def _failure(self, error: Exception) -> dict[str, Any]:
         """The answer to a job that failed; the log gets a line, and a traceback when the worker is at fault."""
         failure = as_worker_error(error)
@@ -214,76 +207,52 @@ class Worker:
         return sendable(failure.as_answer())
 
     def _answer(self, raw_input: Any, run: JobRun) -> dict[str, Any]:
-        from sdxl_worker import prompts
-
         with run.measure("validating"):
-            request = validate_request(raw_input)
+            request = self._request(raw_input)
             bucket_is_configured(self.settings)
-        if request.prompt_syntax is None:
-            request = dataclasses.replace(request, prompt_syntax=self.settings.prompt_syntax)
-        request = with_lora_tags(request)
         pipeline = self.pipeline
-        if not request.embeddings:
-            # As soon as it can be told; with embeddings only they say how long the prompts are.
-            prompts.examined(pipeline, request)
-        is_drawn = not request.inspect_prompt
-        image = fetch_input_image(request.image_url, self.assets, run) if request.image_url and is_drawn else None
-        ready = self._ready_loras(pipeline, request.loras, run) if request.loras and is_drawn else []
-        found = self._embeddings(pipeline, request, ready, run)
-        warnings = [*request.warnings, *prompts.examined(pipeline, request, found)]
-        if not is_drawn:
-            inspected = prompts.inspection(request, prompts.tokenizers_of(pipeline), found)
-            return {**inspected, "warnings": warnings} if warnings else inspected
-        pictures, applied = self._draw(pipeline, request, ready, found, image, run)
-        answer: dict[str, Any] = {"images": [""] * len(pictures), "image_url": "", "seed": request.seed}
-        pairs = list(zip(ready, applied, strict=True))
-        if request.loras_requested:
-            answer["loras"] = [lora.as_json(done) for lora, done in pairs]
-        warnings += [line for lora, done in pairs for line in lora.warnings(done)]
-        used = found.used_by(request, prompts.tokenizers_of(pipeline))
-        if request.embeddings_requested or used:
-            answer["used_embeddings"] = [embedding.as_json() for embedding in used]
-        warnings += found.notes_on(used)
+        if request.inspect_prompt:
+            return inspected(request, pipeline, self.assets, run)
+        prepared = prepare(request, pipeline, self.assets, lambda: self.engine_of(pipeline), run)
+        pictures, applied = self._draw(pipeline, prepared, run)
+        answer = {"images": [""] * len(pictures), "image_url": "", **prepared.facts(applied)}
+        warnings = prepared.warnings(applied)
         limit = self.answer_limit(run.job_id)
         room = None if limit is None else limit - json_size({**answer, "warnings": warnings})
         model_hash = self._model_hash.result() if self._model_hash else ""
-        made_with = Used([lora.used for lora in ready], used)
-        delivered = deliver(pictures, request, made_with, run, self.settings, self.mode, room, model_hash)
+        delivered = deliver(pictures, request, prepared.used, run, self.settings, self.mode, room, model_hash)
         self.saved += delivered.saved
         answer |= {"images": delivered.images, "image_url": delivered.images[0]}
         warnings += delivered.warnings
         return {**answer, "warnings": warnings} if warnings else answer
 
-    def _embeddings(
-        self, pipeline: Any, request: GenerationRequest, loras: Sequence[ReadyLora], run: JobRun
-    ) -> PromptEmbeddings:
-        """The request's own embeddings, and then those that its LoRA files hold."""
-        ready = ready_embeddings(request.embeddings, self.assets, widths_of(pipeline), run)
-        return PromptEmbeddings([*ready, *(embedding for lora in loras for embedding in lora.embeddings)])
+    def _request(self, raw_input: Any) -> GenerationRequest:
+        """The validated request, with the worker's own prompt syntax where it names none, and with its lora tags."""
+        request = validate_request(raw_input)
+        if request.prompt_syntax is None:
+            request = dataclasses.replace(request, prompt_syntax=self.settings.prompt_syntax)
+        return with_lora_tags(request)
 
-    def _draw(
-        self,
-        pipeline: Any,
-        request: GenerationRequest,
-        ready: Sequence[ReadyLora],
-        embeddings: PromptEmbeddings,
-        image: Image | None,
-        run: JobRun,
-    ) -> tuple[list[Image], list[AppliedLora]]:
+    def _draw(self, pipeline: Any, prepared: Prepared, run: JobRun) -> tuple[list[Image], list[AppliedLora]]:
         """Render on the device, with the LoRAs merged in; all that this takes is undone in reverse whatever happens."""
         from sdxl_worker.generate.render import render
 
+        request = prepared.request
         on_step = functools.partial(_after_step, run, request.preview)
         applied: list[AppliedLora] = []
         with ExitStack() as stack:
             stack.enter_context(run.device())
             stack.enter_context(self.health.watch())
-            if ready:
-                change = self.engine_of(pipeline).applied([(lora.parsed, lora.spec.scale) for lora in ready])
+            if prepared.loras:
+                loras = [(lora.parsed, lora.spec.scale) for lora in prepared.loras]
+                change = self.engine_of(pipeline).applied(loras)
                 applied = stack.enter_context(run.timed(change, "applying_loras", "restoring"))
             stack.enter_context(run.stage("denoising"))
             stack.enter_context(self.health.rendering())
-            return render(pipeline, request, init_image=image, on_step=on_step, embeddings=embeddings), applied
+            pictures = render(
+                pipeline, request, init_image=prepared.image, on_step=on_step, embeddings=prepared.embeddings
+            )
+            return pictures, applied
 
 
 def _listed(setting: str) -> list[str]:

@@ -1,0 +1,103 @@
+"""A request made ready: what it names is fetched, read and checked before the device is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sdxl_worker import prompts
+from sdxl_worker.generate.infotext import Used
+from sdxl_worker.generate.input_image import fetch_input_image
+from sdxl_worker.lora.ready import ReadyLora, make_ready
+from sdxl_worker.prompts.embeddings import Embedding, PromptEmbeddings
+from sdxl_worker.prompts.ready import make_ready as make_embeddings_ready
+from sdxl_worker.prompts.vectors import widths_of
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionXLPipeline
+    from PIL.Image import Image
+
+    from sdxl_worker.assets.store import AssetStore
+    from sdxl_worker.job_run import JobRun
+    from sdxl_worker.lora.engine import AppliedLora, LoraEngine
+    from sdxl_worker.request import GenerationRequest
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that rendering takes beside the pipeline; `used_embeddings` are those of `embeddings` that a prompt names."""
+
+    request: GenerationRequest
+    image: Image | None
+    loras: Sequence[ReadyLora]
+    embeddings: PromptEmbeddings
+    used_embeddings: Sequence[Embedding]
+    prompt_notes: Sequence[str]
+
+    @property
+    def used(self) -> Used:
+        """What the pictures' text says."""
+        return Used([lora.used for lora in self.loras], self.used_embeddings)
+
+    def facts(self, applied: Sequence[AppliedLora]) -> dict[str, Any]:
+        """The answer's entries about what was drawn; `applied` says what each of the LoRAs did."""
+        facts: dict[str, Any] = {"seed": self.request.seed}
+        if self.request.loras_requested:
+            facts["loras"] = [lora.as_json(done) for lora, done in zip(self.loras, applied, strict=True)]
+        if self.request.embeddings_requested or self.used_embeddings:
+            facts["used_embeddings"] = [embedding.as_json() for embedding in self.used_embeddings]
+        return facts
+
+    def warnings(self, applied: Sequence[AppliedLora]) -> list[str]:
+        """What to tell the caller, in the order in which the worker came upon it."""
+        of_loras = [line for lora, done in zip(self.loras, applied, strict=True) for line in lora.warnings(done)]
+        notes = self.embeddings.notes_on(self.used_embeddings)
+        return [*self.request.warnings, *self.prompt_notes, *of_loras, *notes]
+
+
+def prepare(
+    request: GenerationRequest,
+    pipeline: StableDiffusionXLPipeline,
+    assets: AssetStore,
+    engine: Callable[[], LoraEngine],
+    run: JobRun,
+) -> Prepared:
+    """Fetch and read what `request` names; nothing of `pipeline` is changed, and `engine` is called only for LoRAs.
+
+    Raises InvalidRequest, FetchError, AssetFileError and Cancelled.
+    """
+    if not request.embeddings:
+        # As soon as it can be told; with embeddings only they say how long the prompts are.
+        prompts.examined(pipeline, request)
+    image = fetch_input_image(request.image_url, assets, run) if request.image_url else None
+    loras = make_ready(request.loras, assets, engine, run) if request.loras else []
+    embeddings = _embeddings(request, pipeline, assets, loras, run)
+    notes = prompts.examined(pipeline, request, embeddings)
+    used = embeddings.used_by(request, prompts.tokenizers_of(pipeline))
+    return Prepared(request, image, loras, embeddings, used, notes)
+
+
+def inspected(
+    request: GenerationRequest, pipeline: StableDiffusionXLPipeline, assets: AssetStore, run: JobRun
+) -> dict[str, Any]:
+    """The answer to `inspect_prompt`: how the prompts are read, with the request's own embeddings; nothing is drawn.
+
+    Raises like `prepare`.
+    """
+    embeddings = _embeddings(request, pipeline, assets, (), run)
+    warnings = [*request.warnings, *prompts.examined(pipeline, request, embeddings)]
+    answer = prompts.inspection(request, prompts.tokenizers_of(pipeline), embeddings)
+    return {**answer, "warnings": warnings} if warnings else answer
+
+
+def _embeddings(
+    request: GenerationRequest,
+    pipeline: StableDiffusionXLPipeline,
+    assets: AssetStore,
+    loras: Sequence[ReadyLora],
+    run: JobRun,
+) -> PromptEmbeddings:
+    """The request's own embeddings, and then those that its LoRA files hold."""
+    ready = make_embeddings_ready(request.embeddings, assets, widths_of(pipeline), run)
+    return PromptEmbeddings([*ready, *(embedding for lora in loras for embedding in lora.embeddings)])
