@@ -149,11 +149,14 @@ def _parser() -> argparse.ArgumentParser:
 @contextlib.contextmanager
 def _progress_bar(name: str) -> Iterator[Callable[[int, int | None], None]]:
     # disable=None: only where somebody is looking.
-    with tqdm(desc=name, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+    # miniters=1: left to itself tqdm skips the steps that are smaller than those before, and with them the last one.
+    with tqdm(desc=name, unit="B", unit_scale=True, disable=None, leave=False, miniters=1) as bar:
 
         def update(done: int, total: int | None) -> None:
             bar.total = total
             bar.update(done - bar.n)
+            if done == total:
+                bar.refresh()
 
         yield update
 
