@@ -83,7 +83,8 @@ def entry_of(tensor: torch.Tensor) -> Tensor:
 def wrong_header(random: Random, draft: Draft) -> bytes:
     """The draft as a file whose header lies or cannot be read."""
     header, data = draft.header(), draft.data()
-    name = random.choice([key for key in header if key != "__metadata__"])
+    # A draft may hold just a tensor that is called so.
+    name = random.choice([key for key in header if key != "__metadata__"] or list(header))
     entry, size = header[name], len(data)
     change = random.randrange(12)
     if change < 4:
