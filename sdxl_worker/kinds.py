@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -116,6 +117,9 @@ CHECKPOINT = Kind(
     codes=MappingProxyType(dict.fromkeys(_family(FetchError, AssetFileError), "MODEL_UNAVAILABLE")),
     is_operators=True,
 )
+
+# VAE_ID as a single file.
+VAE = replace(CHECKPOINT, name="VAE")
 
 # The picture that an image-to-image request starts from; it is read into memory and checked by decoding it.
 PICTURE = Kind(

@@ -13,9 +13,9 @@ from sdxl_worker.assets.sources import parse_reference
 from sdxl_worker.assets.sources.hub import HubReference
 from sdxl_worker.assets.store import AssetStore
 from sdxl_worker.errors import FetchError, ModelUnavailable
-from sdxl_worker.generate.checkpoint import find_checkpoint
+from sdxl_worker.generate.checkpoint import find_weights
 from sdxl_worker.generate.repo_progress import reporting_bar
-from sdxl_worker.kinds import CHECKPOINT
+from sdxl_worker.kinds import CHECKPOINT, VAE
 from sdxl_worker.logs import take_over_hub_log
 from sdxl_worker.settings import Settings
 
@@ -78,29 +78,32 @@ def find_base_model(
     if isinstance(reference, HubReference) and not reference.path:
         path = _find_repo(reference, "model_index.json", settings, runpod_cache, "MODEL_ID", on_progress)
         return BaseModel("folder", path, reference.shown, allow_vae_override=True)
-    path = find_checkpoint(model_id, AssetStore(settings), on_progress)
+    path = find_weights(model_id, CHECKPOINT, "MODEL_ID", AssetStore(settings), on_progress)
     return BaseModel("file", path, reference.shown, allow_vae_override=True)
 
 
 def find_vae(
     settings: Settings, *, runpod_cache: Path = RUNPOD_CACHE, on_progress: Callable[..., None] | None = None
 ) -> Path | None:
-    """The folder of VAE_ID's VAE, found or downloaded like a base model; None when VAE_ID is empty.
+    """The folder or .safetensors file of VAE_ID's VAE, found or downloaded like a base model; None when it is empty.
 
     Raises ModelUnavailable.
     """
     if not settings.vae_id:
         return None
     local = Path(settings.vae_id).expanduser()
-    if local.is_dir():
+    if local.is_dir() or (local.is_file() and local.suffix == ".safetensors"):
         return local
     try:
-        reference = parse_reference(settings.vae_id, settings, CHECKPOINT)
+        reference = parse_reference(settings.vae_id, settings, VAE)
     except FetchError:
-        reference = None
-    if not isinstance(reference, HubReference) or reference.path:
-        raise ModelUnavailable("VAE_ID is neither a folder nor a Hub repo id; set it, or set it to empty")
-    return _find_repo(reference, "config.json", settings, runpod_cache, "VAE_ID", on_progress)
+        raise ModelUnavailable(
+            "VAE_ID is neither a Hub repo id, an existing folder or .safetensors file nor a URL; "
+            "set it, or set it to empty"
+        ) from None
+    if isinstance(reference, HubReference) and not reference.path:
+        return _find_repo(reference, "config.json", settings, runpod_cache, "VAE_ID", on_progress)
+    return find_weights(settings.vae_id, VAE, "VAE_ID", AssetStore(settings), on_progress)
 
 
 def _parse(model_id: str, settings: Settings) -> Reference:

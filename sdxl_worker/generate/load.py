@@ -66,14 +66,26 @@ def _load_from_disk(model: BaseModel, settings: Settings, dtype: torch.dtype, de
 
 
 def _from_files(model: BaseModel, vae_path: Path | None, dtype: torch.dtype) -> StableDiffusionXLPipeline:
-    from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+    from diffusers import StableDiffusionXLPipeline
 
     options: dict[str, Any] = {"dtype": dtype, "add_watermarker": False}
     if vae_path is not None:
-        options["vae"] = AutoencoderKL.from_pretrained(str(vae_path), dtype=dtype)
+        options["vae"] = _load_vae(vae_path, model, dtype)
     if model.kind == "file":
         return StableDiffusionXLPipeline.from_single_file(str(model.path), **options, **_configs(model))
     return StableDiffusionXLPipeline.from_pretrained(str(model.path), variant=model.variant, **options)
+
+
+def _load_vae(path: Path, model: BaseModel, dtype: torch.dtype) -> Any:
+    """A VAE from a diffusers folder, or from a single file of any naming with the config of the model's own VAE."""
+    from diffusers import AutoencoderKL
+
+    if path.is_dir():
+        return AutoencoderKL.from_pretrained(str(path), dtype=dtype)
+    configs = {"config": str(model.path)} if model.kind == "folder" else _configs(model)
+    return AutoencoderKL.from_single_file(
+        str(path), dtype=dtype, **configs, **({"subfolder": "vae"} if configs else {})
+    )
 
 
 @contextlib.contextmanager

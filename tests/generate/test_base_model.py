@@ -189,9 +189,24 @@ def test_the_vae(stand_in: Hub, tmp_path: Path):
     assert find_vae(Settings(vae_id="")) is None
     shutil.copytree(path, tmp_path / "vae")
     assert find_vae(Settings(vae_id=str(tmp_path / "vae"))) == tmp_path / "vae"
-    for vae_id in ("user/absent", "no-such-folder"):
+    for vae_id in ("user/absent", "no-such-folder", "user/vae/absent.safetensors", str(tmp_path / "absent.ckpt")):
         with pytest.raises(ModelUnavailable, match="VAE_ID"):
             find_vae(Settings(vae_id=vae_id, hf_endpoint=stand_in.endpoint), runpod_cache=tmp_path)
+
+
+def test_a_vae_in_one_file(stand_in: Hub, tmp_path: Path):
+    content = lora_bytes()
+    stand_in.add("user/vaes", Repo({"mine.safetensors": content}))
+    url = stand_in.cdn.add("/vae.safetensors", on.whole(content))
+    for vae_id in ("user/vaes/mine.safetensors", url):
+        found = find_vae(Settings(vae_id=vae_id, hf_endpoint=stand_in.endpoint), runpod_cache=tmp_path)
+        assert found is not None
+        assert found.is_relative_to(tmp_path / "checkpoints")
+        assert found.read_bytes() == content
+        assert find_vae(Settings(vae_id=str(found))) == found
+    page = stand_in.cdn.add("/page.safetensors", on.whole(b"<html>"))
+    with pytest.raises(ModelUnavailable, match=r"VAE_ID .*VAE"):
+        find_vae(Settings(vae_id=page, hf_endpoint=stand_in.endpoint), runpod_cache=tmp_path)
 
 
 def test_one_set_of_weights_per_component():

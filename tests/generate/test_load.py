@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from sdxl_worker import topology
 from sdxl_worker.errors import ModelUnavailable
-from sdxl_worker.generate.load import load_pipeline
+from sdxl_worker.generate.base_model import BaseModel
+from sdxl_worker.generate.load import _from_files, load_pipeline
 from sdxl_worker.generate.render import render
 from sdxl_worker.request import GenerationRequest
 from sdxl_worker.settings import Settings
@@ -75,6 +77,20 @@ def test_a_single_file_is_served(pipeline, tmp_path: Path):
         weights.unlink()
     loaded = load_pipeline(_settings(tmp_path, checkpoint))
     assert farthest(render(loaded, REQUEST)[0], render(pipeline, REQUEST)[0]) <= 1
+
+
+@pytest.mark.parametrize("naming", ["diffusers", "original"])
+def test_a_vae_in_one_file_takes_the_place_of_the_models_own(naming: str, pipeline, tmp_path: Path):
+    pipeline.save_pretrained(tmp_path / "model")
+    other = topology.build_sdxl(seed=5)
+    weights = {name: value.contiguous() for name, value in other.vae.state_dict().items()}
+    if naming == "original":
+        whole, prefix = load_file(save_single_file(other, tmp_path / "whole.safetensors")), "first_stage_model."
+        weights = {name.removeprefix(prefix): value for name, value in whole.items() if name.startswith(prefix)}
+    model = BaseModel("folder", tmp_path / "model", "model", allow_vae_override=True)
+    loaded = _from_files(model, save(tmp_path / "vae.safetensors", weights), torch.float32)
+    for name, value in other.vae.state_dict().items():
+        assert torch.equal(loaded.vae.state_dict()[name], value), name
 
 
 def test_a_single_file_of_something_else_is_one_sentence(tmp_path: Path, caplog):
