@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL.Image import Image
 
+from sdxl_worker import prompts
 from sdxl_worker.assets.store import AssetStore
 from sdxl_worker.errors import Cancelled, ModelUnavailable, OutOfMemory
 from sdxl_worker.generate.base_model import find_base_model
@@ -72,6 +73,8 @@ class Worker:
                 from sdxl_worker.generate.model_hash import start_hashing
 
                 self._pipeline = load_pipeline(self.settings)
+                # Copied now: no render may use the originals meanwhile.
+                prompts.tokenizers_of(self._pipeline)
                 self._model_hash = start_hashing(find_base_model(self.settings), self._pipeline)
             return self._pipeline
 

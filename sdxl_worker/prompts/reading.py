@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -42,8 +43,18 @@ class ReadPrompt:
 
 
 def tokenizers_of(pipeline: StableDiffusionXLPipeline) -> dict[str, Any]:
-    """Each text encoder's tokenizer, by the encoder's name."""
-    return dict(zip(ENCODERS, (pipeline.tokenizer, pipeline.tokenizer_2), strict=True))
+    """Each text encoder's tokenizer, by the encoder's name: copies, which the pipeline carries along.
+
+    A fast tokenizer holds padding and truncation as state, which each call sets (`set_truncation_and_padding`). One job
+    reads its prompts while another renders: with the same tokenizer it would take the padding from under diffusers.
+    """
+    own = (pipeline.tokenizer, pipeline.tokenizer_2)
+    carried: tuple[tuple[Any, ...], dict[str, Any]] | None = vars(pipeline).get("_reading_tokenizers")
+    # The originals are kept beside the copies: a tokenizer that was exchanged since then is copied anew.
+    if carried is None or any(one is not other for one, other in zip(carried[0], own, strict=True)):
+        carried = (own, dict(zip(ENCODERS, copy.deepcopy(own), strict=True)))
+        vars(pipeline)["_reading_tokenizers"] = carried
+    return carried[1]
 
 
 def read(text: str, syntax: str, tokenizers: Mapping[str, Any], embeddings: Embeddings) -> ReadPrompt:

@@ -194,3 +194,14 @@ def test_too_many_chunks_name_the_field(vivid) -> None:
         prompts.examined(vivid, request("(" * 9000 + "a"))
     with pytest.raises(InvalidRequest, match="clip_skip must be at most 5"):
         prompts.examined(vivid, request("a", clip_skip=6))
+
+
+def test_reading_a_prompt_beside_a_render_leaves_the_tokenizers_state_alone(pipeline):
+    tokenizers = (pipeline.tokenizer, pipeline.tokenizer_2)
+    for tokenizer in tokenizers:
+        # What diffusers' encode_prompt does, in a job that another one is made ready beside.
+        tokenizer("a cat", padding="max_length", max_length=77, truncation=True)
+    prompts.examined(pipeline, GenerationRequest(prompt="a (dog:1.2)", prompt_syntax="a1111"))
+    for tokenizer in tokenizers:
+        assert tokenizer.backend_tokenizer.padding["length"] == 77
+        assert tokenizer.backend_tokenizer.truncation["max_length"] == 77
