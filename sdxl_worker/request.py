@@ -152,7 +152,8 @@ class GenerationRequest:
 
     Sizes are in pixels. A negative_prompt of None gives another picture than "". `seed` is never negative. `strength`
     is used with `image_url` only. `loras` and `embeddings` are the usable entries; `..._requested` says that the
-    request had some, usable or not. Values made directly are not checked.
+    request had some, usable or not;
+    `given` names the input's fields that it did not leave out or null. Values made directly are not checked.
     """
 
     prompt: str = _input(text(MAX_PROMPT_CHARACTERS))
@@ -179,6 +180,7 @@ class GenerationRequest:
     preview: bool = _input(switch(), False)
     loras_requested: bool = False
     embeddings_requested: bool = False
+    given: frozenset[str] = frozenset()
     warnings: tuple[str, ...] = ()
 
 

@@ -47,6 +47,7 @@ def validate_request(raw: Any) -> GenerationRequest:
         **{**read, "loras": specs, "embeddings": embeddings},
         loras_requested=bool(values["loras"]),
         embeddings_requested=bool(values["embeddings"]),
+        given=frozenset(name for name, value in raw.items() if value is not None),
         warnings=lora_warnings + embedding_warnings + _ignored(values, raw),
     )
 

@@ -253,7 +253,7 @@ class Worker:
             stack.enter_context(run.stage("denoising"))
             stack.enter_context(self.health.rendering())
             pictures = render(
-                pipeline, request, init_image=prepared.image, on_step=on_step, embeddings=prepared.embeddings
+                pipeline, request, inputs=prepared.inputs, on_step=on_step, embeddings=prepared.embeddings
             )
             return pictures, applied
 

@@ -337,3 +337,10 @@ def test_checking_a_large_request_is_linear():
 def test_validation_needs_no_torch():
     code = "import schemas, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_was_given_is_known_from_what_was_left_out():
+    assert validate_request({"prompt": "a", "seed": None, "num_inference_steps": 28}).given == {
+        "prompt",
+        "num_inference_steps",
+    }

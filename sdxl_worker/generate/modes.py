@@ -1,4 +1,4 @@
-"""The ways to render, in one table: what each needs, which diffusers pipeline it runs, and what that is called with."""
+"""The ways to render, in one table: what each needs, and the passes of diffusers pipelines that it makes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from PIL import Image, ImageOps
 
 from sdxl_worker.request import GenerationRequest
@@ -14,12 +15,34 @@ from sdxl_worker.request import GenerationRequest
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
 
-# The pictures that a request's URLs led to, by the name of the field.
+    from sdxl_worker.prompts import Conditioning
+
+# The pictures that a request's fields led to, by the name of the field.
 Inputs = Mapping[str, Image.Image]
+NO_INPUTS: Inputs = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One call of a diffusers pipeline, made for each batch of pictures.
+
+    `view` is that pipeline; `arguments` are those of the call beside prompts, generators and steps, made from what the
+    pass before gave: None for the first, else the batch in `output_type`, "latent" or "pt". `conditioning` is this
+    pass's own, where it has other text encoders than the rest.
+    """
+
+    view: Any
+    arguments: Callable[[torch.Tensor | None], dict[str, Any]]
+    output_type: str = "pt"
+    conditioning: Conditioning | None = None
 
 
 def _draws_always(_request: GenerationRequest, _inputs: Inputs) -> Image.Image | None:
     return None
+
+
+def _as_drawn(picture: Image.Image, _request: GenerationRequest, _inputs: Inputs) -> Image.Image:
+    return picture
 
 
 @dataclass(frozen=True)
@@ -28,27 +51,36 @@ class Mode:
 
     `needs` are the request's fields whose pictures it starts from; `class_name` is the diffusers pipeline that it runs
     on the resident components; `arguments` are those of the call beside prompts, seeds and steps; `finished` gives the
-    picture where there is nothing to denoise, else None.
+    picture where there is nothing to denoise, else None; `completed` makes a drawn picture the answer's.
     """
 
     needs: frozenset[str]
     class_name: str
     arguments: Callable[[GenerationRequest, Inputs], dict[str, Any]]
     finished: Callable[[GenerationRequest, Inputs], Image.Image | None] = _draws_always
+    completed: Callable[[Image.Image, GenerationRequest, Inputs], Image.Image] = _as_drawn
 
-    def view(self, pipeline: StableDiffusionXLPipeline) -> Any:
-        """The mode's pipeline on the resident components: no second copy of any weight."""
-        import diffusers
+    def passes(
+        self, pipeline: StableDiffusionXLPipeline, request: GenerationRequest, inputs: Inputs = NO_INPUTS
+    ) -> list[Pass]:
+        """The calls that make a batch of pictures, in order; the last one gives pixels."""
+        arguments = self.arguments(request, inputs)
+        return [Pass(view_of(pipeline, self.class_name), lambda _before: arguments)]
 
-        if type(pipeline).__name__ == self.class_name:
-            return pipeline
-        view = getattr(diffusers, self.class_name)(
-            **pipeline.components,
-            force_zeros_for_empty_prompt=pipeline.config.force_zeros_for_empty_prompt,
-            add_watermarker=pipeline.watermark is not None,
-        )
-        view.set_progress_bar_config(disable=True)
-        return view
+
+def view_of(pipeline: StableDiffusionXLPipeline, class_name: str) -> Any:
+    """The diffusers pipeline of that class on the resident components: no second copy of any weight."""
+    import diffusers
+
+    if type(pipeline).__name__ == class_name:
+        return pipeline
+    view = getattr(diffusers, class_name)(
+        **pipeline.components,
+        force_zeros_for_empty_prompt=pipeline.config.force_zeros_for_empty_prompt,
+        add_watermarker=pipeline.watermark is not None,
+    )
+    view.set_progress_bar_config(disable=True)
+    return view
 
 
 def mode_for(inputs: Inputs) -> Mode:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from sdxl_worker import prompts
 from sdxl_worker.generate.infotext import Used
-from sdxl_worker.generate.input_image import fetch_input_image
+from sdxl_worker.generate.input_image import fetch_inputs
+from sdxl_worker.generate.modes import Inputs
 from sdxl_worker.lora.ready import ReadyLora, make_ready
 from sdxl_worker.prompts.embeddings import Embedding, PromptEmbeddings
 from sdxl_worker.prompts.ready import make_ready as make_embeddings_ready
@@ -16,7 +17,6 @@ from sdxl_worker.prompts.vectors import widths_of
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
-    from PIL.Image import Image
 
     from sdxl_worker.assets.store import AssetStore
     from sdxl_worker.job_run import JobRun
@@ -29,7 +29,7 @@ class Prepared:
     """All that rendering takes beside the pipeline; `used_embeddings` are those of `embeddings` that a prompt names."""
 
     request: GenerationRequest
-    image: Image | None
+    inputs: Inputs
     loras: Sequence[ReadyLora]
     embeddings: PromptEmbeddings
     used_embeddings: Sequence[Embedding]
@@ -70,12 +70,12 @@ def prepare(
     if not request.embeddings:
         # As soon as it can be told; with embeddings only they say how long the prompts are.
         prompts.examined(pipeline, request)
-    image = fetch_input_image(request.image_url, assets, run) if request.image_url else None
+    inputs = fetch_inputs(request, assets, run)
     loras = make_ready(request.loras, assets, engine, run) if request.loras else []
     embeddings = _embeddings(request, pipeline, assets, loras, run)
     notes = prompts.examined(pipeline, request, embeddings)
     used = embeddings.used_by(request, prompts.tokenizers_of(pipeline))
-    return Prepared(request, image, loras, embeddings, used, notes)
+    return Prepared(request, inputs, loras, embeddings, used, notes)
 
 
 def inspected(

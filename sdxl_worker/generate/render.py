@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +13,7 @@ from sdxl_worker import prompts
 from sdxl_worker.errors import GenerationError
 from sdxl_worker.generate import samplers, vae
 from sdxl_worker.generate.infotext import image_seed
-from sdxl_worker.generate.modes import mode_for
+from sdxl_worker.generate.modes import NO_INPUTS, Inputs, Pass, mode_for
 from sdxl_worker.request import GenerationRequest
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 StepCallback = Callable[[int, int, torch.Tensor], None]
+BeforeStep = Callable[[float], None]
 
 # Two pictures of 1024 x 1024: what lora.merge.ACTIVATION_RESERVE leaves room for.
 MAX_BATCH_PIXELS = 2 * 1024 * 1024
@@ -30,21 +31,22 @@ def render(
     pipeline: StableDiffusionXLPipeline,
     request: GenerationRequest,
     *,
-    init_image: Image | None = None,
+    inputs: Inputs = NO_INPUTS,
     on_step: StepCallback | None = None,
+    before_step: BeforeStep | None = None,
     embeddings: prompts.Embeddings = prompts.NO_EMBEDDINGS,
 ) -> list[Image]:
     """`request.num_images` RGB pictures of request.width x request.height pixels.
 
     Picture i is drawn with the seed `(request.seed + i) % 2**64`, so each can be asked for again on its own; several
-    are drawn at once as far as the memory kept free for it reaches. With `init_image` (any size; cropped to the
-    request's shape) the run is image-to-image on the same weights, and strength 0 gives that picture back.
-    `embeddings` finds the words of the prompts that have vectors of their own.
-    `on_step(step, total_steps, latents)` follows each step, counted over all batches; latents are
-    (pictures of the batch, 4, height / 8, width / 8) in the UNet's dtype. An exception raised in it stops the run and
-    propagates. The pipeline is left as it was. Raises GenerationError when a picture holds values that are not finite.
+    are drawn at once as far as the memory kept free for it reaches. `inputs` are the pictures (any size) to start
+    from, by the request's field; they choose the mode. `embeddings` finds the words of the prompts that have vectors
+    of their own. `on_step(step, total_steps, latents)` follows each step, counted over all batches; latents are
+    (pictures of the batch, 4, height / 8, width / 8) in the UNet's dtype.
+    `before_step(done)` comes before each call of the UNet; `done` is the share of its pass that lies behind, from 0 up
+    to below 1. An exception raised in either stops the run and propagates. The pipeline is left as it was. Raises
+    GenerationError when a picture holds values that are not finite.
     """
-    inputs = {} if init_image is None else {"image_url": init_image}
     mode = mode_for(inputs)
     finished = mode.finished(request, inputs)
     if finished is not None:
@@ -53,34 +55,73 @@ def render(
         changes.enter_context(samplers.applied(pipeline, request.scheduler))
         changes.enter_context(vae.precision_kept(pipeline))
         conditioning = changes.enter_context(prompts.applied(pipeline, request, embeddings))
-        call = functools.partial(
-            mode.view(pipeline),
-            **mode.arguments(request, inputs),
-            num_inference_steps=request.num_inference_steps,
-            guidance_scale=request.guidance_scale,
-            output_type="pt",
+        drawing = _Drawing(
+            pipeline, request, mode.passes(pipeline, request, inputs), conditioning, on_step, before_step
         )
-        return _draw(pipeline, call, request, conditioning, on_step)
+        return [mode.completed(picture, request, inputs) for picture in drawing.pictures()]
 
 
-def _draw(
-    pipeline: StableDiffusionXLPipeline,
-    call: Callable[..., Any],
-    request: GenerationRequest,
-    conditioning: prompts.Conditioning,
-    on_step: StepCallback | None,
-) -> list[Image]:
-    """Every picture, one batch after the other; `call` is the diffusers pipeline with what all batches share."""
-    pictures: list[Image] = []
-    batches = batches_of(request)
-    for index, batch in enumerate(batches):
-        arguments = conditioning.arguments(len(batch))
-        if on_step is not None:
-            arguments["callback_on_step_end"] = _step_callback(on_step, index, len(batches))
-        seeds = [image_seed(request, picture) for picture in batch]
-        generators = [torch.Generator(pipeline.device).manual_seed(seed) for seed in seeds]
-        pictures += _as_pictures(pipeline, call(**arguments, generator=generators).images)
-    return pictures
+@dataclass(frozen=True)
+class _Drawing:
+    """The passes of all batches of one request."""
+
+    pipeline: StableDiffusionXLPipeline
+    request: GenerationRequest
+    passes: Sequence[Pass]
+    conditioning: prompts.Conditioning
+    on_step: StepCallback | None
+    before_step: BeforeStep | None
+
+    def pictures(self) -> list[Image]:
+        """Every picture, one batch after the other."""
+        batches = batches_of(self.request)
+        return [picture for index, batch in enumerate(batches) for picture in self._batch(batch, index, len(batches))]
+
+    def _batch(self, batch: range, index: int, batches: int) -> list[Image]:
+        seeds = [image_seed(self.request, picture) for picture in batch]
+        generators = [torch.Generator(self.pipeline.device).manual_seed(seed) for seed in seeds]
+        result: torch.Tensor | None = None
+        for step in self.passes:
+            result = self._pass(step, result, generators, index, batches)
+        assert result is not None
+        return self._as_pictures(result)
+
+    def _pass(
+        self, step: Pass, before: torch.Tensor | None, generators: list[torch.Generator], index: int, batches: int
+    ) -> torch.Tensor:
+        conditioning = step.conditioning or self.conditioning
+        arguments = {
+            "num_inference_steps": self.request.num_inference_steps,
+            "guidance_scale": self.request.guidance_scale,
+            "output_type": step.output_type,
+            **conditioning.arguments(len(generators)),
+            # What a pass says of its own counts.
+            **step.arguments(before),
+        }
+        if self.on_step or self.before_step:
+            arguments["callback_on_step_end"] = self._step_callback(index, batches)
+        if self.before_step:
+            self.before_step(0.0)
+        return step.view(**arguments, generator=generators).images
+
+    def _step_callback(self, batch: int, batches: int) -> Callable[..., dict[str, torch.Tensor]]:
+        def after_step(view: Any, step: int, _time: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            steps = view.num_timesteps
+            if self.on_step:
+                self.on_step(batch * steps + step + 1, batches * steps, tensors["latents"])
+            if self.before_step and step + 1 < steps:
+                self.before_step((step + 1) / steps)
+            return {}
+
+        return after_step
+
+    def _as_pictures(self, pixels: torch.Tensor) -> list[Image]:
+        if not torch.isfinite(pixels).all():
+            raise GenerationError(
+                "the picture came out with values that are not numbers; try another seed, scale or VAE"
+            )
+        processor = self.pipeline.image_processor
+        return processor.numpy_to_pil(processor.pt_to_numpy(pixels))
 
 
 def batches_of(request: GenerationRequest) -> list[range]:
@@ -88,19 +129,3 @@ def batches_of(request: GenerationRequest) -> list[range]:
     size = max(1, MAX_BATCH_PIXELS // (request.width * request.height))
     everything = range(request.num_images)
     return [everything[start : start + size] for start in range(0, request.num_images, size)]
-
-
-def _as_pictures(pipeline: StableDiffusionXLPipeline, pixels: torch.Tensor) -> list[Image]:
-    if not torch.isfinite(pixels).all():
-        raise GenerationError("the picture came out with values that are not numbers; try another seed, scale or VAE")
-    processor = pipeline.image_processor
-    return processor.numpy_to_pil(processor.pt_to_numpy(pixels))
-
-
-def _step_callback(on_step: StepCallback, batch: int, batches: int) -> Callable[..., dict[str, torch.Tensor]]:
-    def after_step(view: Any, step: int, _timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        steps = view.num_timesteps
-        on_step(batch * steps + step + 1, batches * steps, tensors["latents"])
-        return {}
-
-    return after_step

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from sdxl_worker.generate import modes
-from sdxl_worker.generate.modes import Mode, mode_for
+from sdxl_worker.generate.modes import Mode, mode_for, view_of
 from sdxl_worker.request import GenerationRequest
 
 PICTURE = Image.new("RGB", (8, 8))
@@ -21,8 +21,8 @@ def test_the_pictures_that_are_there_choose_the_mode():
 
 
 def test_a_view_runs_on_the_resident_components(pipeline):
-    assert mode_for({}).view(pipeline) is pipeline
-    view = mode_for({"image_url": PICTURE}).view(pipeline)
+    assert view_of(pipeline, "StableDiffusionXLPipeline") is pipeline
+    view = view_of(pipeline, "StableDiffusionXLImg2ImgPipeline")
     assert type(view) is diffusers.StableDiffusionXLImg2ImgPipeline
     assert all(view.components[name] is part for name, part in pipeline.components.items())
     assert view.config.force_zeros_for_empty_prompt is True
@@ -31,10 +31,13 @@ def test_a_view_runs_on_the_resident_components(pipeline):
 
 def test_another_mode_takes_one_entry(pipeline, monkeypatch):
     def arguments(request: GenerationRequest, inputs: modes.Inputs) -> dict:
-        return {"image": inputs["image_url"], "mask_image": inputs["mask_url"], "strength": request.strength}
+        return {"image": inputs["image_url"], "mask_image": inputs["other"], "strength": request.strength}
 
-    inpaint = Mode(frozenset({"image_url", "mask_url"}), "StableDiffusionXLInpaintPipeline", arguments)
-    monkeypatch.setattr(modes, "MODES", {**modes.MODES, inpaint.needs: inpaint})
-    chosen = mode_for({"mask_url": PICTURE, "image_url": PICTURE})
-    assert type(chosen.view(pipeline)) is diffusers.StableDiffusionXLInpaintPipeline
+    other = Mode(frozenset({"image_url", "other"}), "StableDiffusionXLInpaintPipeline", arguments)
+    monkeypatch.setattr(modes, "MODES", {**modes.MODES, other.needs: other})
+    inputs = {"other": PICTURE, "image_url": PICTURE}
+    chosen = mode_for(inputs)
+    (only,) = chosen.passes(pipeline, GenerationRequest("a", strength=0.5), inputs)
+    assert type(only.view) is diffusers.StableDiffusionXLInpaintPipeline
+    assert only.arguments(None) == {"image": PICTURE, "mask_image": PICTURE, "strength": 0.5}
     assert chosen.finished(GenerationRequest("a"), {}) is None

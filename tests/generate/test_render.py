@@ -70,8 +70,8 @@ def test_image_to_image_without_a_negative_prompt_names_none(pipeline):
     (empty,) = by_diffusers(image_to_image(pipeline), EULER_A, **FROM_START, strength=0.5, negative_prompt="")
     assert not same(bare, empty)
     request = replace(REQUEST, strength=0.5)
-    assert same(render(pipeline, replace(request, negative_prompt=None), init_image=START)[0], bare)
-    assert same(render(pipeline, replace(request, negative_prompt=""), init_image=START)[0], empty)
+    assert same(render(pipeline, replace(request, negative_prompt=None), inputs={"image_url": START})[0], bare)
+    assert same(render(pipeline, replace(request, negative_prompt=""), inputs={"image_url": START})[0], empty)
 
 
 def test_two_pictures_without_a_negative_prompt_are_those_of_a_bare_call(pipeline):
@@ -143,6 +143,14 @@ def test_steps_are_reported_and_change_no_bit(pipeline):
     assert same(pictures[0], render(pipeline, REQUEST)[0])
 
 
+def test_the_share_that_is_done_is_said_before_each_step(pipeline, monkeypatch):
+    monkeypatch.setattr(render_module, "MAX_BATCH_PIXELS", 64 * 96)
+    done: list[float] = []
+    pictures = render(pipeline, replace(REQUEST, num_images=2), before_step=done.append)
+    assert done == [0, 0.25, 0.5, 0.75] * 2
+    assert same(pictures[0], render(pipeline, REQUEST)[0])
+
+
 def test_an_exception_in_a_step_stops_the_run(pipeline):
     before, seen = weight_hash(pipeline), []
 
@@ -164,7 +172,7 @@ def test_image_to_image_follows_the_picture(strength: float, steps: int, pipelin
     seen: list[tuple[int, int]] = []
     request = replace(REQUEST, strength=strength)
     (actual,) = render(
-        pipeline, request, init_image=START, on_step=lambda step, total, _latents: seen.append((step, total))
+        pipeline, request, inputs={"image_url": START}, on_step=lambda step, total, _latents: seen.append((step, total))
     )
     assert same(actual, expected)
     assert seen == [(step, steps) for step in range(1, steps + 1)]
@@ -177,7 +185,9 @@ def _no_step(step: int, _total: int, _latents: torch.Tensor) -> None:
 
 def test_strength_0_gives_the_fitted_picture_back(pipeline):
     start = Image.linear_gradient("L").resize((192, 200))
-    pictures = render(pipeline, replace(REQUEST, strength=0.0, num_images=2), init_image=start, on_step=_no_step)
+    pictures = render(
+        pipeline, replace(REQUEST, strength=0.0, num_images=2), inputs={"image_url": start}, on_step=_no_step
+    )
     # Two thirds as wide as high: as much is cut off above as below.
     middle = start.convert("RGB").crop((0, 36, 192, 164)).resize((96, 64), Image.Resampling.LANCZOS)
     assert [farthest(picture, middle) <= 1 for picture in pictures] == [True, True]
@@ -186,7 +196,7 @@ def test_strength_0_gives_the_fitted_picture_back(pipeline):
 
 def test_a_start_picture_of_another_shape_is_cropped_to_the_request(pipeline):
     start = Image.new("RGBA", (50, 200), (10, 200, 30, 128))
-    assert render(pipeline, replace(REQUEST, strength=0.5), init_image=start)[0].size == (96, 64)
+    assert render(pipeline, replace(REQUEST, strength=0.5), inputs={"image_url": start})[0].size == (96, 64)
 
 
 def test_a_picture_of_nan_is_an_error(pipeline):

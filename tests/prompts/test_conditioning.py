@@ -25,7 +25,8 @@ def request(prompt: str, negative: str | None = "bad hands", syntax: str = "a111
 
 
 def drawn(pipeline, *arguments, image: Image.Image | None = None, **fields) -> np.ndarray:
-    return np.asarray(render(pipeline, request(*arguments, **fields), init_image=image)[0])
+    inputs = {} if image is None else {"image_url": image}
+    return np.asarray(render(pipeline, request(*arguments, **fields), inputs=inputs)[0])
 
 
 def expected(pipeline, chunks: Chunks, negative: Chunks | None = BAD, rule=mean_kept, layer: int = 2) -> np.ndarray:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from sdxl_worker.assets.asset_file import AssetFile
 from sdxl_worker.errors import InvalidRequest
+from sdxl_worker.generate.modes import Inputs
 from sdxl_worker.generate.render import render
 from sdxl_worker.prompts.embeddings import Embedding, PromptEmbeddings
 from sdxl_worker.prompts.reading import tokenizers_of
@@ -135,7 +136,8 @@ def test_nothing_of_the_pipeline_changes(vivid, known) -> None:
     vocabularies = [tokenizer.get_vocab() for tokenizer in tokenizers_of(vivid).values()]
     start = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     requests = [dataclasses.replace(plain, prompt_syntax=syntax) for syntax in ("plain", "a1111")]
-    first = [np.asarray(render(vivid, plain, init_image=image)[0]) for image in (None, start)]
+    inputs: tuple[Inputs, ...] = ({}, {"image_url": start})
+    first = [np.asarray(render(vivid, plain, inputs=pictures)[0]) for pictures in inputs]
     render(vivid, asked("a eight, (one:1.3)", "eight"), embeddings=known[0])
     with pytest.raises(RuntimeError, match="size"):
         render(vivid, asked("bad"), embeddings=PromptEmbeddings([embedding("bad", vectors(vivid, 2)[::-1])]))
@@ -143,7 +145,7 @@ def test_nothing_of_the_pipeline_changes(vivid, known) -> None:
     assert places == [value.data_ptr() for value in vivid.text_encoder.parameters()]
     assert vocabularies == [tokenizer.get_vocab() for tokenizer in tokenizers_of(vivid).values()]
     for request in requests:
-        again = [np.asarray(render(vivid, request, init_image=image)[0]) for image in (None, start)]
+        again = [np.asarray(render(vivid, request, inputs=pictures)[0]) for pictures in inputs]
         assert np.array_equal(again, first)
 
 
