@@ -19,7 +19,6 @@ from PIL.Image import Image
 from sdxl_worker import prompts
 from sdxl_worker.assets.store import AssetStore
 from sdxl_worker.errors import Cancelled, ModelUnavailable, OutOfMemory
-from sdxl_worker.generate.base_model import find_base_model
 from sdxl_worker.generate.prepare import Prepared, inspected, prepare
 from sdxl_worker.job_run import Denoising, JobRun, NoProgress, Progress
 from sdxl_worker.kinds import EMBEDDING, LORA
@@ -72,10 +71,10 @@ class Worker:
                 from sdxl_worker.generate.load import load_pipeline
                 from sdxl_worker.generate.model_hash import start_hashing
 
-                self._pipeline = load_pipeline(self.settings)
+                self._pipeline, model = load_pipeline(self.settings)
                 # Copied now: no render may use the originals meanwhile.
                 prompts.tokenizers_of(self._pipeline)
-                self._model_hash = start_hashing(find_base_model(self.settings), self._pipeline)
+                self._model_hash = start_hashing(model, self._pipeline)
             return self._pipeline
 
     def engine_of(self, pipeline: StableDiffusionXLPipeline) -> LoraEngine:

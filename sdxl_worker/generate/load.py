@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def load_pipeline(settings: Settings) -> StableDiffusionXLPipeline:
-    """The resident pipeline: float16 on the GPU where there is one, else float32 on the CPU.
+def load_pipeline(settings: Settings) -> tuple[StableDiffusionXLPipeline, BaseModel]:
+    """The resident pipeline, float16 on the GPU where there is one, else float32 on the CPU; and where it was found.
 
     Raises ModelUnavailable, with one sentence that says what to set or run.
     """
@@ -40,7 +40,7 @@ def load_pipeline(settings: Settings) -> StableDiffusionXLPipeline:
         if isinstance(module, torch.nn.Module):
             # Once and for all: diffusers' eval() leaves it on, and some CPU kernels round differently with it.
             module.eval().requires_grad_(False)
-    return pipeline
+    return pipeline, model
 
 
 def _write_example_lora(settings: Settings) -> None:

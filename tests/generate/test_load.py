@@ -30,28 +30,34 @@ def _settings(tmp_path: Path, model_id: object) -> Settings:
 
 
 def test_tiny_is_thesame_every_time_and_brings_its_lora(tmp_path: Path):
-    first, second = (load_pipeline(_settings(tmp_path, "tiny")) for _ in range(2))
+    first, second = (load_pipeline(_settings(tmp_path, "tiny"))[0] for _ in range(2))
     assert weight_hash(first) == weight_hash(second)
     assert (tmp_path / "loras" / topology.EXAMPLE_LORA).is_file()
     assert not any(parameter.requires_grad for parameter in first.unet.parameters())
 
 
+def test_what_was_found_comes_back_with_the_pipeline(pipeline, tmp_path: Path):
+    pipeline.save_pretrained(tmp_path / "model")
+    _, model = load_pipeline(_settings(tmp_path, tmp_path / "model"))
+    assert model == BaseModel("folder", tmp_path / "model", "model", allow_vae_override=False)
+
+
 def test_tiny_loads_where_its_lora_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     (tmp_path / "loras").write_text("a file where the folder should be")
-    assert load_pipeline(_settings(tmp_path, "tiny")).unet is not None
+    assert load_pipeline(_settings(tmp_path, "tiny"))[0].unet is not None
     assert "cannot be written" in caplog.text
 
 
 def test_a_local_folder_is_served(pipeline, tmp_path: Path):
     pipeline.save_pretrained(tmp_path / "model")
-    loaded = load_pipeline(_settings(tmp_path, tmp_path / "model"))
+    loaded, _ = load_pipeline(_settings(tmp_path, tmp_path / "model"))
     # Weights at another alignment in memory: CPU kernels may round the last bit differently.
     assert farthest(render(loaded, REQUEST)[0], render(pipeline, REQUEST)[0]) <= 1
 
 
 def test_half_precision_weights_of_a_folder_are_used(pipeline, tmp_path: Path):
     pipeline.save_pretrained(tmp_path / "model", variant="fp16")
-    loaded = load_pipeline(_settings(tmp_path, tmp_path / "model"))
+    loaded, _ = load_pipeline(_settings(tmp_path, tmp_path / "model"))
     # Weights at another alignment in memory: CPU kernels may round the last bit differently.
     assert farthest(render(loaded, REQUEST)[0], render(pipeline, REQUEST)[0]) <= 1
 
@@ -75,7 +81,7 @@ def test_a_single_file_is_served(pipeline, tmp_path: Path):
     pipeline.save_pretrained(tmp_path / "model")
     for weights in (tmp_path / "model").glob("*/*.safetensors"):
         weights.unlink()
-    loaded = load_pipeline(_settings(tmp_path, checkpoint))
+    loaded, _ = load_pipeline(_settings(tmp_path, checkpoint))
     assert farthest(render(loaded, REQUEST)[0], render(pipeline, REQUEST)[0]) <= 1
 
 
@@ -132,7 +138,7 @@ def test_a_broken_model_is_one_sentence(pipeline, tmp_path: Path):
 
 @pytest.mark.gpu
 def test_half_precision_on_the_gpu_gives_thesame_bits_twice(tmp_path: Path):
-    pipeline = load_pipeline(_settings(tmp_path, "tiny"))
+    pipeline, _ = load_pipeline(_settings(tmp_path, "tiny"))
     assert pipeline.device.type == "cuda"
     assert pipeline.unet.dtype == torch.float16
     assert same(render(pipeline, REQUEST)[0], render(pipeline, REQUEST)[0])
