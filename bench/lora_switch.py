@@ -73,20 +73,21 @@ class Request:
 
     def render(self) -> np.ndarray:
         """The picture as uint8 (height, width, 3)."""
-        last = 0.0
+        begun = 0.0
 
-        def after_step(_pipeline: Any, step: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
-            nonlocal last
+        def before_unet(_unet: Any, _arguments: Any) -> None:
+            nonlocal begun
             self.clock.wait()
-            now = time.perf_counter()
-            if step:
-                self.step_times.append(now - last)
-            last = now
+            begun = time.perf_counter()
+
+        def after_step(_pipeline: Any, _step: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
+            self.clock.wait()
+            self.step_times.append(time.perf_counter() - begun)
             return {}
 
         self.step_times = []
         generator = torch.Generator(self.pipeline.device).manual_seed(0)
-        with torch.no_grad():
+        with torch.no_grad(), self.pipeline.unet.register_forward_pre_hook(before_unet):
             image = self.pipeline(
                 "a lighthouse at dusk",
                 width=self.size,

@@ -1,16 +1,16 @@
-"""The `embeddings` list of a request: one EmbeddingSpec per usable entry, one warning per entry that is skipped."""
+"""The `embeddings` list of a request."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sdxl_worker.lora_entries import kind_of, unknown_in
-from sdxl_worker.request import REFERENCE_KEYS, EmbeddingSpec
+from sdxl_worker.entries import parse_entries, reference_in, text_in
+from sdxl_worker.request import EmbeddingSpec
 from sdxl_worker.text import clean_text, is_clean
 
 MAX_TOKEN_CHARACTERS = 200
-_KNOWN_KEYS = (*REFERENCE_KEYS, "token")
+_KEYS = ("token",)
 
 
 def parse_embedding_entries(entries: Sequence[Any]) -> tuple[tuple[EmbeddingSpec, ...], tuple[str, ...]]:
@@ -19,38 +19,24 @@ def parse_embedding_entries(entries: Sequence[Any]) -> tuple[tuple[EmbeddingSpec
     An entry is a reference string, or a dict with one of REFERENCE_KEYS and an optional `token`: what stands for the
     embedding in a prompt. Whether the reference means anything is decided when it is resolved.
     """
-    specs: list[EmbeddingSpec] = []
-    warnings: list[str] = []
-    for index, entry in enumerate(entries):
-        try:
-            specs.append(EmbeddingSpec(_reference(entry), _token(entry), index))
-        except ValueError as problem:
-            warnings.append(f"embeddings[{index}] was skipped: {problem}")
-            continue
-        if isinstance(entry, dict) and (unknown := unknown_in(entry, _KNOWN_KEYS)):
-            warnings.append(f"embeddings[{index}]: ignored unknown {unknown}; known are path and token")
-    return tuple(specs), tuple(warnings)
+    return parse_entries("embeddings", entries, _KEYS, _spec)
 
 
-def _reference(entry: Any) -> str:
-    if isinstance(entry, str):
-        return entry
-    if not isinstance(entry, dict):
-        raise ValueError(f"it is a {kind_of(entry)}, not a string or an object with path and token")
-    given = next((key for key in REFERENCE_KEYS if entry.get(key) not in (None, "")), None)
-    if given is None:
+def _spec(entry: Mapping[str, Any], index: int) -> EmbeddingSpec:
+    return EmbeddingSpec(_reference(entry), _token(entry), index)
+
+
+def _reference(entry: Mapping[str, Any]) -> str:
+    reference = reference_in(entry)
+    if not reference:
         raise ValueError("it has no path")
-    if not isinstance(entry[given], str):
-        raise ValueError(f"its {given} is a {kind_of(entry[given])}, not a string")
-    return entry[given]
+    return reference
 
 
-def _token(entry: Any) -> str:
-    token = entry.get("token") if isinstance(entry, dict) else None
-    if token in (None, ""):
+def _token(entry: Mapping[str, Any]) -> str:
+    token = text_in(entry, "token")
+    if not token:
         return ""
-    if not isinstance(token, str):
-        raise ValueError(f"its token is a {kind_of(token)}, not a string")
     if len(token) > MAX_TOKEN_CHARACTERS:
         raise ValueError(f"its token has more than {MAX_TOKEN_CHARACTERS} characters")
     clean = clean_text(token) if is_clean(token) else ""

@@ -59,6 +59,21 @@ def _family(*bases: type[WorkerError]) -> Iterator[type[WorkerError]]:
         yield from _family(*base.__subclasses__())
 
 
+def _codes(word: str, *, wrong_file: str) -> Mapping[type[WorkerError], str]:
+    """The codes of a kind that requests name by references."""
+    return MappingProxyType(
+        {
+            FetchError: f"{word}_DOWNLOAD",
+            BadReference: f"{word}_REFERENCE",
+            NotFound: f"{word}_NOT_FOUND",
+            Ambiguous: f"{word}_AMBIGUOUS",
+            AccessDenied: f"{word}_AUTH",
+            AssetFileError: f"{word}_FILE",
+            WrongFile: wrong_file,
+        }
+    )
+
+
 LORA = Kind(
     name="LoRA",
     suffixes=(".safetensors", ".pt", ".bin"),
@@ -67,17 +82,7 @@ LORA = Kind(
     max_bytes=lambda settings: int(settings.lora_max_mb * 1e6),
     timeout_s=lambda settings: settings.download_timeout,
     check=_check_lora,
-    codes=MappingProxyType(
-        {
-            FetchError: "LORA_DOWNLOAD",
-            BadReference: "LORA_REFERENCE",
-            NotFound: "LORA_NOT_FOUND",
-            Ambiguous: "LORA_AMBIGUOUS",
-            AccessDenied: "LORA_AUTH",
-            AssetFileError: "LORA_FILE",
-            WrongFile: "NOT_A_LORA",
-        }
-    ),
+    codes=_codes("LORA", wrong_file="NOT_A_LORA"),
     knows=lambda name: name != EMBEDDING_FORMAT,
 )
 
@@ -90,17 +95,7 @@ EMBEDDING = Kind(
     max_bytes=LORA.max_bytes,
     timeout_s=LORA.timeout_s,
     check=_check_embedding,
-    codes=MappingProxyType(
-        {
-            FetchError: "EMBEDDING_DOWNLOAD",
-            BadReference: "EMBEDDING_REFERENCE",
-            NotFound: "EMBEDDING_NOT_FOUND",
-            Ambiguous: "EMBEDDING_AMBIGUOUS",
-            AccessDenied: "EMBEDDING_AUTH",
-            AssetFileError: "EMBEDDING_FILE",
-            WrongFile: "NOT_AN_EMBEDDING",
-        }
-    ),
+    codes=_codes("EMBEDDING", wrong_file="NOT_AN_EMBEDDING"),
     knows=lambda name: name == EMBEDDING_FORMAT,
     usual_file="learned_embeds.safetensors",
 )

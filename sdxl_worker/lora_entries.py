@@ -1,19 +1,19 @@
-"""The `loras` list of a request: one LoraSpec per usable entry, one warning per entry that is skipped."""
+"""The `loras` list of a request."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from itertools import islice
 from typing import Any
 
 from sdxl_worker.checks import as_float
+from sdxl_worker.entries import kind_of, parse_entries, reference_in, text_in, unknown_in
 from sdxl_worker.request import REFERENCE_KEYS, LoraScale, LoraSpec
 from sdxl_worker.text import safe_name, shown
 
 MAX_SCALE = 100.0
-_KNOWN_KEYS = (*REFERENCE_KEYS, "name", "scale")
+_KEYS = ("scale", "name")
 SCALE_PARTS = tuple(entry.name for entry in fields(LoraScale))
 
 
@@ -24,49 +24,30 @@ def parse_lora_entries(entries: Sequence[Any]) -> tuple[tuple[LoraSpec, ...], tu
     or a dict of SCALE_PARTS to numbers, where a missing part takes 1.0. A `name` alone refers to the cached file of
     that name. Whether the reference means anything is decided when it is resolved.
     """
-    specs: list[LoraSpec] = []
-    warnings: list[str] = []
-    for index, entry in enumerate(entries):
-        try:
-            specs.append(LoraSpec(_reference(entry), _scale(entry), index, _name(entry)))
-        except ValueError as problem:
-            warnings.append(f"loras[{index}] was skipped: {problem}")
-            continue
-        if isinstance(entry, dict) and (unknown := unknown_in(entry, _KNOWN_KEYS)):
-            warnings.append(f"loras[{index}]: ignored unknown {unknown}; known are path, name and scale")
-    return tuple(specs), tuple(warnings)
+    return parse_entries("loras", entries, _KEYS, _spec)
 
 
-def _reference(entry: Any) -> str:
-    if isinstance(entry, str):
-        return entry
-    if not isinstance(entry, dict):
-        raise ValueError(f"it is a {kind_of(entry)}, not a string or an object with path and scale")
-    given = [key for key in REFERENCE_KEYS if entry.get(key) not in (None, "")]
-    if given and not isinstance(entry[given[0]], str):
-        raise ValueError(f"its {given[0]} is a {kind_of(entry[given[0]])}, not a string")
-    if given:
-        return entry[given[0]]
-    name = _name(entry)
-    if not name and all(entry.get(key) is None for key in REFERENCE_KEYS):
+def _spec(entry: Mapping[str, Any], index: int) -> LoraSpec:
+    return LoraSpec(_reference(entry), _scale(entry), index, _name(entry))
+
+
+def _reference(entry: Mapping[str, Any]) -> str:
+    reference = reference_in(entry) or _name(entry)
+    if not reference and all(entry.get(key) is None for key in REFERENCE_KEYS):
         raise ValueError("it has no path")
-    return name
+    return reference
 
 
-def _name(entry: Any) -> str:
-    name = entry.get("name") if isinstance(entry, dict) else None
-    if name in (None, ""):
-        return ""
-    if not isinstance(name, str):
-        raise ValueError(f"its name is a {kind_of(name)}, not a string")
+def _name(entry: Mapping[str, Any]) -> str:
+    name = text_in(entry, "name")
     safe = safe_name(name)
-    if not safe:
+    if name and not safe:
         raise ValueError("its name has no letter or digit that a file name may have")
     return safe
 
 
-def _scale(entry: Any) -> LoraScale:
-    value = entry.get("scale", 1.0) if isinstance(entry, dict) else 1.0
+def _scale(entry: Mapping[str, Any]) -> LoraScale:
+    value = entry.get("scale", 1.0)
     if not isinstance(value, dict):
         return LoraScale.uniform(_number(value, "its scale"))
     if unknown := unknown_in(value, SCALE_PARTS):
@@ -81,14 +62,3 @@ def _number(value: Any, what: str) -> float:
     if math.isnan(number) or abs(number) > MAX_SCALE:
         raise ValueError(f"{what} is {shown(value)} and must lie between {-MAX_SCALE:g} and {MAX_SCALE:g}")
     return number
-
-
-def unknown_in(given: Iterable[Any], known: Sequence[str]) -> str:
-    """The first few unknown names, readable; empty when there are none."""
-    return ", ".join(ascii(str(name)[:40]) for name in islice((name for name in given if name not in known), 5))
-
-
-def kind_of(value: Any) -> str:
-    """The JSON name of a value's type."""
-    names = {dict: "object", list: "list", str: "string", bool: "boolean", int: "number", float: "number"}
-    return "null" if value is None else names.get(type(value), type(value).__name__)

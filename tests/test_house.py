@@ -30,7 +30,7 @@ PACKAGE = "sdxl_worker"
 LAYERS: tuple[tuple[str, ...], ...] = (
     (
         *("text", "masking", "checks", "errors", "settings", "schedulers", "logs"),
-        *("lora_entries", "embedding_entries", "request", "validation"),
+        *("entries", "lora_entries", "embedding_entries", "request", "validation"),
     ),
     ("job_run",),
     ("assets",),

@@ -248,7 +248,7 @@ def test_a_scale_per_part_of_the_model():
 
 def test_an_unknown_key_of_an_entry_is_a_warning():
     request = validate_request({**GOOD, "loras": [{"path": "a", "weight": 0.5}]})
-    assert request.warnings == ("loras[0]: ignored unknown 'weight'; known are path, name and scale",)
+    assert request.warnings == ("loras[0]: ignored unknown 'weight'; known are path, scale and name",)
 
 
 @pytest.mark.parametrize("reference", ["", "..", "../x", "a\0b", "\\", "x" * 300])
