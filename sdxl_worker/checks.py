@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from sdxl_worker import data_uris
 from sdxl_worker.text import is_clean, shown
 
 MAX_URL_CHARACTERS = 4_096
@@ -63,14 +64,30 @@ def text(limit: int) -> Check:
     return Check(str, problem)
 
 
-def url(*, or_empty: bool = False) -> Check:
-    """An http or https URL, or an empty string; what it leads to is looked at when it is fetched."""
+def url() -> Check:
+    """An http or https URL; what it leads to is looked at when it is fetched."""
 
     def problem(value: Any) -> str | None:
         wrong = text(MAX_URL_CHARACTERS)(value)
-        if wrong or (or_empty and not value) or value.lower().startswith(("http://", "https://")):
+        return wrong if wrong or _is_url(value) else "must be an http or https URL"
+
+    return Check(str, problem)
+
+
+def _is_url(text: str) -> bool:
+    return text.lower().startswith(("http://", "https://"))
+
+
+def picture() -> Check:
+    """An http or https URL, a data URI or an empty string; what it leads to is looked at when it is read."""
+
+    def problem(value: Any) -> str | None:
+        if isinstance(value, str) and data_uris.is_data_uri(value):
+            return data_uris.problem(value)
+        wrong = text(MAX_URL_CHARACTERS)(value)
+        if wrong or not value or _is_url(value):
             return wrong
-        return "must be an http or https URL"
+        return "must be an http or https URL or a data URI (data:image/png;base64,...)"
 
     return Check(str, problem)
 

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from sdxl_worker.assets.kind import Kind
+from sdxl_worker.data_uris import MAX_PICTURE_BYTES
 from sdxl_worker.errors import (
     AccessDenied,
     Ambiguous,
@@ -116,12 +117,12 @@ CHECKPOINT = Kind(
 # VAE_ID as a single file.
 VAE = replace(CHECKPOINT, name="VAE")
 
-# The picture that an image-to-image request starts from; it is read into memory and checked by decoding it.
+# A picture that a request starts from, or a mask; it is read into memory and checked by decoding it.
 PICTURE = Kind(
     name="picture",
     suffixes=(),
     sources=("url",),
-    max_bytes=lambda _: 32 << 20,
+    max_bytes=lambda _: MAX_PICTURE_BYTES,
     timeout_s=lambda settings: settings.download_timeout,
     codes=MappingProxyType(
         {FetchError: "FETCH_FAILED"}

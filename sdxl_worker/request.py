@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
-from sdxl_worker.checks import MAX_URL_CHARACTERS, Check, choice, number, or_null, switch, text, url, whole
+from sdxl_worker.checks import MAX_URL_CHARACTERS, Check, choice, number, or_null, picture, switch, text, whole
 from sdxl_worker.schedulers import scheduler_names
 from sdxl_worker.settings import PROMPT_SYNTAXES
 from sdxl_worker.text import is_unicode, shown
@@ -142,6 +142,10 @@ def _input(check: Check, default: Any = MISSING, read: Callable[[Any], Any] | No
     return field(default_factory=lambda: read(default), metadata=metadata)
 
 
+def _none_if_empty(value: str | None) -> str | None:
+    return value or None
+
+
 def _seed(value: int | None) -> int:
     return secrets.randbits(RANDOM_SEED_BITS) if value in (None, -1) else value
 
@@ -151,9 +155,9 @@ class GenerationRequest:
     """A validated job: the one list of the input's fields, in the order of the documentation.
 
     Sizes are in pixels. A negative_prompt of None gives another picture than "". `seed` is never negative. `strength`
-    is used with `image_url` only. `loras` and `embeddings` are the usable entries; `..._requested` says that the
-    request had some, usable or not;
-    `given` names the input's fields that it did not leave out or null. Values made directly are not checked.
+    is used with a picture only. `image` means the same as `image_url`. `loras` and `embeddings` are the usable entries;
+    `..._requested` says that the request had some, usable or not; `given` names the input's fields that it did not
+    leave out or null. Values made directly are not checked.
     """
 
     prompt: str = _input(text(MAX_PROMPT_CHARACTERS))
@@ -169,7 +173,8 @@ class GenerationRequest:
     num_inference_steps: int = _input(whole(1, MAX_STEPS), 28)
     guidance_scale: float = _input(number(0, MAX_GUIDANCE), 5.5, float)
     num_images: int = _input(whole(1, MAX_IMAGES), 1)
-    image_url: str | None = _input(or_null(url(or_empty=True)), None, lambda value: value or None)
+    image_url: str | None = _input(or_null(picture()), None, _none_if_empty)
+    image: str | None = _input(or_null(picture()), None, _none_if_empty)
     strength: float = _input(number(0, 1), 0.3, float)
     refiner_inference_steps: int | None = _input(or_null(whole(0, 1000)), None)
     high_noise_frac: float | None = _input(or_null(number(0, 1)), None)
@@ -183,6 +188,20 @@ class GenerationRequest:
     given: frozenset[str] = frozenset()
     warnings: tuple[str, ...] = ()
 
+    @property
+    def pictures(self) -> dict[str, tuple[str, str]]:
+        """The pictures that the request brings, by the names of PICTURE_FIELDS: the field and what it holds."""
+        held = ((name, field, getattr(self, field)) for name, of in PICTURE_FIELDS.items() for field in of)
+        return {name: (field, reference) for name, field, reference in held if reference}
+
+    @property
+    def starts_from_picture(self) -> bool:
+        """True for everything but text-to-image."""
+        return "image_url" in self.pictures
+
+
+# The pictures that a request may bring, each by the name that the worker has for it, with the fields that may hold it.
+PICTURE_FIELDS: dict[str, tuple[str, ...]] = {"image_url": ("image_url", "image")}
 
 # The input's fields by name.
 FIELDS: dict[str, InputField] = {

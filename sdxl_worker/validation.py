@@ -7,10 +7,11 @@ from collections.abc import Collection, Mapping
 from itertools import islice
 from typing import Any
 
+from sdxl_worker.data_uris import is_data_uri
 from sdxl_worker.embedding_entries import parse_embedding_entries
 from sdxl_worker.errors import InvalidRequest
 from sdxl_worker.lora_entries import parse_lora_entries
-from sdxl_worker.request import FIELDS, GenerationRequest
+from sdxl_worker.request import FIELDS, PICTURE_FIELDS, GenerationRequest
 from sdxl_worker.schedulers import SCHEDULERS
 from sdxl_worker.text import shown
 
@@ -62,7 +63,7 @@ def is_larger(value: Any, limit: int) -> bool:
         entry = waiting.pop()
         size += 1
         if isinstance(entry, str):
-            size += 0 if entry.startswith("data:") else len(entry)
+            size += 0 if is_data_uri(entry) else len(entry)
         elif isinstance(entry, dict):
             waiting += [*entry.keys(), *entry.values()]
         elif isinstance(entry, list):
@@ -96,10 +97,17 @@ def _combined_problems(values: Mapping[str, Any], bad: Collection[str]) -> list[
     if not {"scheduler", "num_inference_steps"} & set(bad) and steps < SCHEDULERS[scheduler].min_steps:
         least = SCHEDULERS[scheduler].min_steps
         problems.append(f"scheduler {scheduler} needs num_inference_steps of at least {least}")
-    to_image = not {"image_url", "num_inference_steps", "strength"} & set(bad) and values["image_url"]
+    image = _given_of(values, "image_url")
+    to_image = not {*image, "num_inference_steps", "strength"} & set(bad) and image
     if to_image and strength > 0 and int(steps * strength) < 1:
-        problems.append("num_inference_steps x strength must be at least 1 with image_url")
-    return problems
+        problems.append(f"num_inference_steps x strength must be at least 1 with {image[0]}")
+    both = [of for name in PICTURE_FIELDS if len(of := _given_of(values, name)) > 1]
+    return problems + [f"{' and '.join(names)} mean the same: give one of them" for names in both]
+
+
+def _given_of(values: Mapping[str, Any], picture: str) -> list[str]:
+    """Which of the fields that may hold this picture do."""
+    return [field for field in PICTURE_FIELDS[picture] if values[field]]
 
 
 def _ignored(values: Mapping[str, Any], raw: Mapping[str, Any]) -> tuple[str, ...]:
@@ -108,6 +116,6 @@ def _ignored(values: Mapping[str, Any], raw: Mapping[str, Any]) -> tuple[str, ..
         for name in ("refiner_inference_steps", "high_noise_frac")
         if values[name] is not None
     ]
-    if "strength" in raw and not values["image_url"]:
+    if "strength" in raw and not _given_of(values, "image_url"):
         warnings.append("strength has no effect without image_url")
     return tuple(warnings)

@@ -194,8 +194,9 @@ def boundaries(span: str) -> list[tuple[Any, Any]]:
         low, high, step = int(match[2]), int(match[3]), int(match[4] or 1)
         first = (low + 0.01, low) if match[1] else (low, low - step)
         return [first, (high, high + step), *([(low + step, low + 1)] if step > 1 else [])]
-    if span == "an http or https URL":
-        return [("https://example.com/a.png", "ftp://example.com/a.png")]
+    if span == "an http or https URL, or a data URI":
+        pairs = [("https://example.com/a.png", "ftp://example.com/a.png")]
+        return [*pairs, ("data:image/png;base64,AAAA", "data:image/png,AAAA")]
     names = [json.loads(name) if name in ("true", "false") else name for name in re.findall(r"`([^`]+)`", span)]
     assert names, f"no rule for {span!r}"
     return [(name, f"{name}x") for name in names]

@@ -57,7 +57,8 @@ def test_every_field_arrives_as_it_was_asked_for():
         "output_quality": 37,
         "preview": True,
     }
-    assert set(FIELDS) == {*asked, "loras", "embeddings"}
+    # Another name of image_url has a test of its own.
+    assert set(FIELDS) == {*asked, "loras", "embeddings", "image"}
     arrived = asdict(validate_request(asked))
     assert {name: arrived[name] for name in asked} == asked
 
@@ -278,7 +279,23 @@ def test_requests_for_runpods_own_worker_are_accepted():
     assert [warning.split()[0] for warning in request.warnings] == ["refiner_inference_steps", "high_noise_frac"]
 
 
+@pytest.mark.parametrize("field", ["image", "image_url"])
+def test_a_picture_is_a_url_or_a_data_uri(field):
+    for good in ("https://a/b.png", "data:image/png;base64,AAAA", "DATA:;base64,", "data:a/b;name=c.png;base64,A A"):
+        assert validate_request({**GOOD, field: good}).pictures == {"image_url": (field, good)}
+    for bad in ("data:", "data:image/png,AAAA", "data:image/png;base64 ,AAAA", "data:" + "a" * 201 + ";base64,A"):
+        assert problem(**{field: bad}) == f"{field} must be a data URI in base64 (data:image/png;base64,...)"
+    assert problem(**{field: "iVBORw0KGgo="}).startswith(f"{field} must be an http or https URL or a data URI")
+
+
+def test_a_picture_is_given_once():
+    both = {"image": "https://a/b.png", "image_url": "https://a/b.png"}
+    assert problem(**both) == "image_url and image mean the same: give one of them"
+    assert validate_request({**GOOD, **both, "image": ""}).pictures == {"image_url": ("image_url", "https://a/b.png")}
+
+
 def test_image_to_image():
+    assert "at least 1 with image" in problem(image="data:;base64,", num_inference_steps=2, strength=0.3)
     assert "image_url must be an http" in problem(image_url="file:///etc/passwd")
     assert "secret" not in problem(image_url="ftp://user:secret@host/x")
     assert "at least 1" in problem(image_url="https://a/b.png", num_inference_steps=2, strength=0.3)
@@ -320,7 +337,11 @@ def test_the_sdk_s_validator_reads_the_schema():
 def test_the_whole_request_is_bounded():
     assert "more than 2000000 characters" in problem(prompt="x" * 2_000_001)
     assert "more than 2000000 characters" in problem(**{f"{index:x}": {} for index in range(400_000)})
-    assert "image_url must have at most 4096" in problem(image_url="data:" + "x" * 3_000_000)
+    assert "image_url must be a data URI in base64" in problem(image_url="data:" + "x" * 3_000_000)
+    assert "image_url must have at most 4096" in problem(image_url="http://" + "x" * 4_096)
+    largest = "data:;base64," + "A" * (32 * 2**20 // 3 * 4)
+    assert validate_request({**GOOD, "image": largest}).pictures == {"image_url": ("image", largest)}
+    assert "image must hold at most 33554432 bytes" in problem(image=largest + "A" * 2_000_000)
     deep: list = []
     for _ in range(100_000):
         deep = [deep]

@@ -47,36 +47,67 @@ _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
 _EOI, _SOS = 0xD9, 0xDA
 
 
-def read_input_image(data: bytes, check_stop: Callable[[], None] | None = None) -> Image.Image:
+def read_input_image(
+    data: bytes, check_stop: Callable[[], None] | None = None, field: str = "image_url"
+) -> Image.Image:
     """The first picture in `data` as upright RGB; 16-bit grey and floats in [0, 1] are rescaled to 8 bits.
 
     `check_stop` is called again and again while the picture is unpacked; what it raises ends that. Raises
-    InvalidRequest for what is not a picture, and for one that is too large, too slow, broken or of unknown range.
+    InvalidRequest, beginning with `field`, for what is not a picture, and for one that is too large, too slow, broken
+    or of unknown range.
     """
+    return _read(data, check_stop, field, lambda image: image.convert("RGB"))
+
+
+def read_mask(data: bytes, check_stop: Callable[[], None] | None = None, field: str = "mask_url") -> Image.Image:
+    """The first picture in `data` as upright 8-bit grey; of one with transparent parts, how opaque each pixel is.
+
+    That is how AUTOMATIC1111 reads a mask. Raises like `read_input_image`.
+    """
+    return _read(data, check_stop, field, _opacity_or_grey)
+
+
+def _opacity_or_grey(image: Image.Image) -> Image.Image:
+    if image.has_transparency_data:
+        opacity = image.convert("RGBA").getchannel("A")
+        if opacity.getextrema() != (255, 255):
+            return opacity
+    return image.convert("RGB").convert("L")
+
+
+def _read(
+    data: bytes, check_stop: Callable[[], None] | None, field: str, converted: Callable[[Image.Image], Image.Image]
+) -> Image.Image:
     # Pillow warns once for each of 65,535 broken tags. For the whole process: catch_warnings is not safe in threads.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
-        if data.startswith(b"\xff\xd8"):
-            _check_jpeg(data)
-        file = _Watched(data, check_stop)
-        image = Image.open(file, formats=FORMATS)
-        _check_bounds(image)
-        file.pixels_follow()
-        image.load()
-        picture = _eight_bit(_upright(image)).convert("RGB")
+        picture = converted(_unpacked(data, check_stop, field))
         # A colour profile, a transparency or a place on earth would be saved with the answer of strength 0.
         picture.info.clear()
         return picture
+    except InvalidRequest as error:
+        raise InvalidRequest(f"{field} {error}") from None
     except WorkerError:
         raise
     except Image.DecompressionBombError:
-        raise _too_large() from None
+        raise InvalidRequest(f"{field} {_too_large()}") from None
     except Image.UnidentifiedImageError:
-        raise InvalidRequest("image_url does not lead to a picture (png, jpeg, webp, gif, bmp, tiff)") from None
+        raise InvalidRequest(f"{field} does not lead to a picture (png, jpeg, webp, gif, bmp, tiff)") from None
     except Exception as error:
         # A hostile file makes Pillow raise almost anything: struct.error, OverflowError, MemoryError, ...
-        logger.debug("image_url", exc_info=error)
-        raise InvalidRequest(f"image_url leads to a picture that is broken ({type(error).__name__})") from None
+        logger.debug("%s", field, exc_info=error)
+        raise InvalidRequest(f"{field} leads to a picture that is broken ({type(error).__name__})") from None
+
+
+def _unpacked(data: bytes, check_stop: Callable[[], None] | None, field: str) -> Image.Image:
+    if data.startswith(b"\xff\xd8"):
+        _check_jpeg(data)
+    file = _Watched(data, check_stop)
+    image = Image.open(file, formats=FORMATS)
+    _check_bounds(image)
+    file.pixels_follow()
+    image.load()
+    return _eight_bit(_upright(image, field))
 
 
 class _Watched(io.BytesIO):
@@ -97,7 +128,7 @@ class _Watched(io.BytesIO):
         if self._check_stop is not None:
             self._check_stop()
         if time.monotonic() > self._deadline:
-            raise InvalidRequest(f"image_url leads to a picture that takes more than {TIMEOUT_S:g} s to unpack")
+            raise InvalidRequest(f"leads to a picture that takes more than {TIMEOUT_S:g} s to unpack")
         data = super().read(size)
         self._reads_left -= 1
         self._bytes_left -= len(data)
@@ -107,20 +138,20 @@ class _Watched(io.BytesIO):
 
 
 def _too_large() -> InvalidRequest:
-    return InvalidRequest(f"image_url leads to a picture of more than {MAX_PIXELS} pixels")
+    return InvalidRequest(f"leads to a picture of more than {MAX_PIXELS} pixels")
 
 
 def _too_many_tags() -> InvalidRequest:
-    return InvalidRequest("image_url leads to a picture with too many tags; send it as png or jpeg without them")
+    return InvalidRequest("leads to a picture with too many tags; send it as png or jpeg without them")
 
 
 def _check_bounds(image: Image.Image) -> None:
     if max(image.size) > MAX_SIDE:
-        raise InvalidRequest(f"image_url leads to a picture with a side of more than {MAX_SIDE} pixels")
+        raise InvalidRequest(f"leads to a picture with a side of more than {MAX_SIDE} pixels")
     if image.width * image.height > MAX_PIXELS:
         raise _too_large()
     if image.format == "TIFF" and image.info.get("compression") in _JPEG_IN_TIFF:
-        raise InvalidRequest("image_url leads to a TIFF that is compressed as JPEG; send it as png or jpeg")
+        raise InvalidRequest("leads to a TIFF that is compressed as JPEG; send it as png or jpeg")
 
 
 def _check_jpeg(data: bytes) -> None:
@@ -134,15 +165,15 @@ def _check_jpeg(data: bytes) -> None:
         if segments > MAX_HEADER_READS:
             raise _too_many_tags()
         if scans > MAX_SCANS:
-            raise InvalidRequest(f"image_url leads to a JPEG of more than {MAX_SCANS} scans")
+            raise InvalidRequest(f"leads to a JPEG of more than {MAX_SCANS} scans")
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _upright(image: Image.Image, field: str) -> Image.Image:
     try:
         orientation = image.getexif().get(_ORIENTATION)
         return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
     except Exception as error:
-        logger.info("image_url: broken EXIF (%s) is ignored", type(error).__name__)
+        logger.info("%s: broken EXIF (%s) is ignored", field, type(error).__name__)
         return image
 
 
@@ -150,16 +181,14 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     """Pillow itself clips such values to 255: a 16-bit picture comes out white, a float one black."""
     if image.mode.startswith("I;16"):
         if isinstance(image, TiffImageFile) and (image.tag_v2.get(_BITS), image.tag_v2.get(_PHOTOMETRIC)) != ((16,), 1):
-            raise InvalidRequest(
-                "image_url leads to a grey TIFF that is not 16 bits from black to white; send it as png"
-            )
+            raise InvalidRequest("leads to a grey TIFF that is not 16 bits from black to white; send it as png")
         values = np.asarray(image).astype(np.uint32)
         return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
     if image.mode == "F":
         floats = np.asarray(image)
         if not (np.isfinite(floats).all() and floats.min() >= 0 and floats.max() <= 1):
-            raise InvalidRequest("image_url leads to a picture of floats that do not all lie in 0 to 1")
+            raise InvalidRequest("leads to a picture of floats that do not all lie in 0 to 1")
         return Image.fromarray(np.round(floats * 255).astype(np.uint8))
     if image.mode == "I":
-        raise InvalidRequest("image_url leads to a picture of 32-bit integers; send 8 or 16 bits per channel")
+        raise InvalidRequest("leads to a picture of 32-bit integers; send 8 or 16 bits per channel")
     return image

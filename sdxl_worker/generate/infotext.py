@@ -61,7 +61,7 @@ def infotext(
     if model_hash:
         facts["Model hash"] = model_hash
     facts["Model"] = safe_name(model_name(model_id))
-    if request.image_url is not None:
+    if request.starts_from_picture:
         facts["Denoising strength"] = f"{request.strength:g}"
     if request.clip_skip != DEFAULT_CLIP_SKIP:
         facts["Clip skip"] = request.clip_skip

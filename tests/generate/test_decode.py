@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 
 from sdxl_worker.errors import Cancelled, InvalidRequest
 from sdxl_worker.generate import decode
-from sdxl_worker.generate.decode import read_input_image
+from sdxl_worker.generate.decode import read_input_image, read_mask
 from tests.support.fresh_process import cost_of
 from tests.support.hostile_pictures import many_chunks_png, repeated_scans_jpeg, saved
 
@@ -107,6 +107,38 @@ def test_floats_from_0_to_1_are_rescaled_and_others_refused():
     for values in ((0.0, 255.0), (-0.5, 0.5), (0.0, float("nan")), (0.0, float("inf"))):
         with pytest.raises(InvalidRequest, match="floats"):
             read_input_image(tiff(*values))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "I;16", "P", "RGB", "RGBA", "CMYK"])
+def test_a_mask_is_grey(mode: str):
+    grey = Image.fromarray(np.array([[0, 255, 255, 0]], np.uint8))
+    if mode == "I;16":
+        made = Image.fromarray(np.array([[0, 65_535, 65_535, 0]], np.uint16))
+    else:
+        made = grey.convert("RGB").convert(mode)
+    mask = read_mask(saved(made, "TIFF" if mode == "CMYK" else "PNG"))
+    assert (mask.mode, np.asarray(mask).tolist()) == ("L", [[0, 255, 255, 0]])
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+def test_of_a_mask_with_transparent_parts_the_opaque_ones_are_white(mode: str):
+    drawn = Image.new(mode, (3, 1), (255,) * (len(mode) - 1) + (0,))
+    drawn.putpixel((1, 0), (0,) * (len(mode) - 1) + (255,))
+    drawn.putpixel((2, 0), (9,) * (len(mode) - 1) + (128,))
+    assert np.asarray(read_mask(saved(drawn, "PNG"))).tolist() == [[0, 255, 128]]
+    assert read_input_image(saved(drawn, "PNG")).mode == "RGB"
+
+
+def test_sentences_name_the_field():
+    for read, field in ((read_input_image, "image"), (read_mask, "mask")):
+        for data in (
+            b"",
+            saved(NOISE, "PNG")[:1500],
+            saved(Image.new("1", (8192, 8193)), "PNG"),
+            repeated_scans_jpeg(),
+        ):
+            with pytest.raises(InvalidRequest, match=f"^{field} (does not lead|leads) to "):
+                read(data, None, field)
 
 
 def test_32_bit_integers_and_grey_of_another_range_are_refused():

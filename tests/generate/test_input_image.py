@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 
 import pytest
@@ -43,6 +44,33 @@ def test_what_the_url_leads_to_is_the_callers_fault(assets, run):
         with pytest.raises(FetchError, match="image_url cannot be read") as caught:
             fetch_input_image(server.add("/b.png", on.status(404)), assets, run)
         assert caught.value.code == "INVALID_INPUT"
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("claims", ["image/png", "text/html", ""])
+def test_a_picture_may_be_brought_along(assets, run, claims: str, wrapped: bool):
+    data = saved(Image.new("RGB", (80, 40), (7, 8, 9)), "JPEG", quality=100)
+    encoded = (base64.encodebytes(data) if wrapped else base64.b64encode(data)).decode()
+    picture = fetch_input_image(f"data:{claims};base64,{encoded}", assets, run, "image")
+    assert (picture.mode, picture.size) == ("RGB", (80, 40))
+
+
+# Padding left out or too much, another alphabet, something between, nothing.
+@pytest.mark.parametrize("body", ["QUJ", "QUI==", "QU-_", "QU\x0bJD", "QUJ%3D", "QÜJD", "A"])
+def test_base64_is_taken_strictly(assets, run, body: str):
+    with pytest.raises(InvalidRequest, match=r"^image is not well-formed base64$"):
+        fetch_input_image(f"data:image/png;base64,{body}", assets, run, "image")
+
+
+def test_what_is_brought_along_is_bounded_after_decoding_too(assets, run):
+    too_much = base64.b64encode(bytes(2**25 + 1)).decode()
+    with pytest.raises(InvalidRequest, match="image must hold at most 33554432 bytes"):
+        fetch_input_image(f"data:;base64,{too_much}", assets, run, "image")
+
+
+def test_sentences_name_the_field(assets, run):
+    with pytest.raises(InvalidRequest, match=r"^image does not lead to "):
+        fetch_input_image("data:image/png;base64,", assets, run, "image")
 
 
 def test_a_stop_ends_the_unpacking(assets, run, monkeypatch):

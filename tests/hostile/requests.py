@@ -11,7 +11,16 @@ from tests.hostile.case import SECRET, Case, job, words
 
 FIELDS = (
     *("prompt", "negative_prompt", "height", "width", "seed", "scheduler", "num_inference_steps", "guidance_scale"),
-    *("num_images", "image_url", "strength", "refiner_inference_steps", "high_noise_frac", "loras", "output_format"),
+    *(
+        "num_images",
+        "image_url",
+        "image",
+        "strength",
+        "refiner_inference_steps",
+        "high_noise_frac",
+        "loras",
+        "output_format",
+    ),
     *("output_quality", "preview", "prompt_syntax", "prompt_emphasis", "clip_skip", "inspect_prompt", "embeddings"),
 )
 SCHEDULERS = ("PNDM", "KLMS", "DDIM", "K_EULER", "K_EULER_ANCESTRAL", "DPMSolverMultistep", "DPMSolverSinglestep")
