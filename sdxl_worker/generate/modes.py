@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -26,15 +29,25 @@ NO_INPUTS: Inputs = MappingProxyType({})
 class Pass:
     """One call of a diffusers pipeline, made for each batch of pictures.
 
-    `view` is that pipeline; `arguments` are those of the call beside prompts, generators and steps, made from what the
-    pass before gave: None for the first, else the batch in `output_type`, "latent" or "pt". `conditioning` is this
-    pass's own, where it has other text encoders than the rest.
+    `view` is that pipeline; `arguments` are those of the call beside prompts and generators, and override the request's
+    steps and guidance. `image` makes this argument from what the pass before gave, the batch in its `output_type`,
+    "latent" or "pt"; the first pass has none. `conditioning` is this pass's own, where it has other text encoders than
+    the rest. `around` is entered for the call, and left again whatever happens. `has_loras` says whether LoRAs reach
+    the view's weights.
     """
 
     view: Any
-    arguments: Callable[[torch.Tensor | None], dict[str, Any]]
+    arguments: Mapping[str, Any]
+    image: Callable[[torch.Tensor], Any] | None = None
     output_type: str = "pt"
     conditioning: Conditioning | None = None
+    around: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+    has_loras: bool = True
+
+    def giving_latents(self, denoising_end: float | None = None) -> Pass:
+        """The same up to its latents, or up to those with the last share of the noise still in them."""
+        end = {} if denoising_end is None else {"denoising_end": denoising_end}
+        return dataclasses.replace(self, arguments={**self.arguments, **end}, output_type="latent")
 
 
 def _draws_always(_request: GenerationRequest, _inputs: Inputs) -> Image.Image | None:
@@ -64,8 +77,7 @@ class Mode:
         self, pipeline: StableDiffusionXLPipeline, request: GenerationRequest, inputs: Inputs = NO_INPUTS
     ) -> list[Pass]:
         """The calls that make a batch of pictures, in order; the last one gives pixels."""
-        arguments = self.arguments(request, inputs)
-        return [Pass(view_of(pipeline, self.class_name), lambda _before: arguments)]
+        return [Pass(view_of(pipeline, self.class_name), self.arguments(request, inputs))]
 
 
 def view_of(pipeline: StableDiffusionXLPipeline, class_name: str) -> Any:

@@ -39,5 +39,5 @@ def test_another_mode_takes_one_entry(pipeline, monkeypatch):
     chosen = mode_for(inputs)
     (only,) = chosen.passes(pipeline, GenerationRequest("a", strength=0.5), inputs)
     assert type(only.view) is diffusers.StableDiffusionXLInpaintPipeline
-    assert only.arguments(None) == {"image": PICTURE, "mask_image": PICTURE, "strength": 0.5}
+    assert only.arguments == {"image": PICTURE, "mask_image": PICTURE, "strength": 0.5}
     assert chosen.finished(GenerationRequest("a"), {}) is None
