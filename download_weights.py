@@ -5,8 +5,9 @@ import contextlib
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -16,8 +17,9 @@ from sdxl_worker.assets.kind import Kind
 from sdxl_worker.assets.report import file_facts, listed_json, write_facts, write_json, write_list, write_table
 from sdxl_worker.assets.store import AssetStore
 from sdxl_worker.errors import WorkerError
-from sdxl_worker.generate.base_model import find_base_model, find_vae
-from sdxl_worker.kinds import EMBEDDING, LORA
+from sdxl_worker.generate.base_model import BaseModel, find_base_model, find_vae
+from sdxl_worker.generate.checkpoint_facts import read_checkpoint
+from sdxl_worker.kinds import CHECKPOINT, EMBEDDING, LORA
 from sdxl_worker.logs import masked
 from sdxl_worker.masking import mask
 from sdxl_worker.settings import Settings
@@ -90,8 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; the exit status is 0 when everything asked for worked, else 1; a usage error exits with 2."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    if options.inspect and not (options.lora or options.embedding):
-        parser.error("--inspect goes with --lora or --embedding REFERENCE")
+    if options.inspect and not (options.lora or options.embedding or options.checkpoint):
+        parser.error("--inspect goes with --lora, --embedding or --checkpoint REFERENCE")
     try:
         settings = Settings.from_environment()
         _configure_logging(settings.secrets)
@@ -108,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 _DESCRIPTION = """\
 Without options: download the base model (MODEL_ID) and the VAE (VAE_ID), as the image build does.
 With --lora, --embedding, --list, --prune or --verify: fill, show or tend the cache of LoRAs and
-embeddings (LORA_CACHE_DIR)."""
+embeddings (LORA_CACHE_DIR). With --checkpoint: get that base model; --inspect says what it is."""
 
 _EPILOG = """\
 a REFERENCE is
@@ -116,12 +118,14 @@ a REFERENCE is
   a Hugging Face repo    user/repo, user/repo@revision, user/repo/file.safetensors
   on Civitai             a link, civitai:ID@VERSION, urn:air:sdxl:lora:civitai:ID@VERSION
   a file in the cache    my-lora.safetensors
+and for a checkpoint also a local file, which is named with its folder or lies in the current one
 
 examples
   python download_weights.py
   MODEL_ID=SG161222/RealVisXL_V5.0 python download_weights.py
   LORA_CACHE_DIR=.cache/loras python download_weights.py --lora user/repo civitai:12345@67890
   LORA_CACHE_DIR=.cache/loras python download_weights.py --lora user/repo --inspect
+  python download_weights.py --checkpoint my-model.safetensors --inspect
 
 environment: MODEL_ID, VAE_ID, LORA_CACHE_DIR, LORA_CACHE_MAX_GB, LORA_MAX_MB, DOWNLOAD_TIMEOUT;
 HF_TOKEN and CIVITAI_API_TOKEN open private and gated files. README.md lists them all.
@@ -137,6 +141,9 @@ def _parser() -> argparse.ArgumentParser:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--lora", metavar="REFERENCE", nargs="+", help="put LoRAs into the cache and print their facts")
     what.add_argument("--embedding", metavar="REFERENCE", nargs="+", help="the same for embeddings")
+    what.add_argument(
+        "--checkpoint", metavar="REFERENCE", nargs="+", help="the same for base models: whatever MODEL_ID may be"
+    )
     what.add_argument("--list", action="store_true", help="show what is in the cache, the last used first")
     what.add_argument("--prune", action="store_true", help="evict down to LORA_CACHE_MAX_GB, empty the quarantine")
     what.add_argument("--verify", action="store_true", help="compare every sha256, quarantine what is damaged")
@@ -181,6 +188,30 @@ def _get_loras(options: argparse.Namespace, settings: Settings) -> int:
 
 def _get_embeddings(options: argparse.Namespace, settings: Settings) -> int:
     return _get_files(EMBEDDING, options.embedding, options, settings)
+
+
+def _get_checkpoints(options: argparse.Namespace, settings: Settings) -> int:
+    found = []
+    for reference in options.checkpoint:
+        with _progress_bar(mask(reference)) as update:
+            model = find_base_model(replace(settings, model_id=reference), on_progress=update)
+        facts: dict[str, Any] = {"reference": model.name, "kind": model.kind, "path": str(model.path or "")}
+        if model.kind == "file" and model.path is not None:
+            facts["size"] = model.path.stat().st_size
+        found.append(facts | {"facts": _checkpoint_facts(model)} if options.inspect else facts)
+        if not options.json:
+            write_facts(found[-1])
+    if options.json:
+        write_json(found[0] if len(found) == 1 else found)
+    return 0
+
+
+def _checkpoint_facts(model: BaseModel) -> dict[str, Any]:
+    """What the header of a single file says; a folder says it in its configs."""
+    if model.kind != "file" or model.path is None:
+        return {}
+    with CHECKPOINT.own_codes():
+        return read_checkpoint(model.path).as_json()
 
 
 def _list(options: argparse.Namespace, settings: Settings) -> int:
@@ -233,6 +264,7 @@ def _get_base_model(options: argparse.Namespace, settings: Settings) -> int:
 _ACTIONS: tuple[tuple[str, Callable[[argparse.Namespace, Settings], int]], ...] = (
     ("lora", _get_loras),
     ("embedding", _get_embeddings),
+    ("checkpoint", _get_checkpoints),
     ("list", _list),
     ("prune", _prune),
     ("verify", _verify),

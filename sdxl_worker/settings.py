@@ -9,6 +9,7 @@ from typing import Any, cast
 from sdxl_worker.checks import Check, choice, number, text, url, whole
 
 PROMPT_SYNTAXES = ("plain", "a1111")
+PREDICTION_TYPES = ("", "epsilon", "v_prediction")
 # Linux does not pass longer variables to a process.
 _TEXT = text(2**17)
 
@@ -34,6 +35,12 @@ class Settings:
         "MODEL_ID", "stabilityai/stable-diffusion-xl-base-1.0", "base model: Hub repo id, local folder or file, or tiny"
     )
     vae_id: str = _variable("VAE_ID", "madebyollin/sdxl-vae-fp16-fix", "VAE used on GPU; empty = the model's own")
+    prediction_type: str = _variable(
+        "PREDICTION_TYPE",
+        "",
+        "what the base model predicts: epsilon or v_prediction; empty = as the model says",
+        choice(PREDICTION_TYPES),
+    )
     prompt_syntax: str = _variable(
         "PROMPT_SYNTAX", "plain", "how prompts are read that do not say it: plain or a1111", choice(PROMPT_SYNTAXES)
     )

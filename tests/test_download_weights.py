@@ -81,6 +81,50 @@ def test_an_embedding_is_fetched_and_described_and_stands_in_the_list(
     assert [(item["reference"], item["format"]) for item in json.loads(out)] == [(url, "textual inversion")]
 
 
+def checkpoint_bytes() -> bytes:
+    """An inpainting SDXL that predicts v, as far as its header says."""
+    tensors: dict[str, np.ndarray] = {
+        "model.diffusion_model.input_blocks.0.0.weight": np.zeros((8, 9, 3, 3), np.float16),
+        "conditioner.embedders.1.model.ln_final.weight": np.zeros(8, np.float16),
+        "v_pred": np.zeros(0, np.float32),
+        "ztsnr": np.zeros(0, np.float32),
+    }
+    return save(tensors)
+
+
+def test_inspect_says_what_a_checkpoint_is(server: FileServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    local, lora = tmp_path / "my-model.safetensors", tmp_path / "my-lora.safetensors"
+    local.write_bytes(checkpoint_bytes())
+    lora.write_bytes(LORA)
+    code, out, _ = run(capsys, "--checkpoint", str(local), str(lora), "--inspect", "--json")
+    model, other = json.loads(out)
+    assert (code, model["path"], model["size"]) == (0, str(local), len(checkpoint_bytes()))
+    assert model["facts"] == {
+        "is": "SDXL, inpainting",
+        "in_channels": 9,
+        "prediction": "v_prediction",
+        "zero_terminal_snr": True,
+        "said_by": "the tensor v_pred",
+        "parts": ["UNet", "text encoders"],
+        "tensors": 4,
+        "dtype": "float16",
+    }
+    assert other["facts"]["is"] == "not a checkpoint"
+    code, out, _ = run(capsys, "--checkpoint", str(local), "--inspect")
+    assert code == 0
+    assert "is                 SDXL, inpainting\n" in out
+    assert "prediction         v_prediction\n" in out
+
+
+def test_a_checkpoint_that_cannot_be_read_is_one_line(
+    server: FileServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "my-model.safetensors").write_bytes(checkpoint_bytes()[:-1])
+    code, out, err = run(capsys, "--checkpoint", str(tmp_path / "my-model.safetensors"), "--inspect")
+    assert (code, out) == (1, "")
+    assert "error: MODEL_UNAVAILABLE: the file holds" in err
+
+
 def test_several_loras_give_a_list(server: FileServer, capsys: pytest.CaptureFixture[str]):
     urls = [server.add(f"/{name}.safetensors", on.whole(content)) for name, content in (("a", LORA), ("b", OTHER))]
     code, out, _ = run(capsys, "--lora", *urls, "--json")
@@ -157,7 +201,7 @@ def test_inspect_without_a_lora_is_a_usage_error(
     with pytest.raises(SystemExit) as stop:
         download_weights.main(["--inspect", *others])
     assert stop.value.code == 2
-    assert "--inspect goes with --lora" in capsys.readouterr().err
+    assert "--inspect goes with --lora, --embedding or --checkpoint" in capsys.readouterr().err
     assert server.requests == []
 
 

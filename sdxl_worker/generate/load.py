@@ -12,8 +12,17 @@ import torch
 from safetensors import SafetensorError
 
 from sdxl_worker import topology
-from sdxl_worker.errors import ModelUnavailable
+from sdxl_worker.errors import AssetFileError, ModelUnavailable
 from sdxl_worker.generate.base_model import BaseModel, find_base_model, find_vae
+from sdxl_worker.generate.checkpoint_facts import (
+    EDM,
+    INPAINTING_CHANNELS,
+    NOT_A_CHECKPOINT,
+    SDXL,
+    Prediction,
+    read_checkpoint,
+)
+from sdxl_worker.generate.prediction import predicting, wanted_prediction
 from sdxl_worker.settings import Settings
 from sdxl_worker.text import clean_text
 
@@ -21,6 +30,8 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
 
 logger = logging.getLogger(__name__)
+
+_IN_CHANNELS = (4, INPAINTING_CHANNELS)
 
 
 def load_pipeline(settings: Settings) -> tuple[StableDiffusionXLPipeline, BaseModel]:
@@ -30,17 +41,48 @@ def load_pipeline(settings: Settings) -> tuple[StableDiffusionXLPipeline, BaseMo
     """
     device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
     model = find_base_model(settings)
+    prediction = wanted_prediction(settings.prediction_type, _said_prediction(model, settings))
     if model.kind == "tiny":
         _write_example_lora(settings)
         pipeline = topology.build_sdxl(topology.TINY, dtype=dtype, device=device)
     else:
         pipeline = _load_from_disk(model, settings, dtype, device)
     pipeline.set_progress_bar_config(disable=True)
+    if prediction is not None:
+        zero_snr = " with zero terminal SNR" if prediction.zero_snr else ""
+        logger.info("the base model predicts %s%s, says %s", prediction.kind, zero_snr, prediction.source)
+        pipeline.scheduler = predicting(pipeline.scheduler, prediction)
     for module in pipeline.components.values():
         if isinstance(module, torch.nn.Module):
             # Once and for all: diffusers' eval() leaves it on, and some CPU kernels round differently with it.
             module.eval().requires_grad_(False)
     return pipeline, model
+
+
+def _said_prediction(model: BaseModel, settings: Settings) -> Prediction:
+    """What the header of a single file says; a folder says it in its scheduler's config, which diffusers reads.
+
+    Raises ModelUnavailable for what the header shows to be another model.
+    """
+    if model.kind != "file" or model.path is None:
+        return Prediction()
+    try:
+        facts = read_checkpoint(model.path)
+    except AssetFileError as error:
+        raise _cannot_be_loaded(model, f"{error}; check MODEL_ID") from None
+    if facts.model not in (SDXL, NOT_A_CHECKPOINT):
+        raise _cannot_be_loaded(model, f"it is a checkpoint of {facts.model}, and this worker runs SDXL; set MODEL_ID")
+    if facts.model == SDXL and facts.in_channels not in _IN_CHANNELS:
+        raise _cannot_be_loaded(model, f"its UNet takes {facts.in_channels} channels, not 4 or 9; set MODEL_ID")
+    if facts.prediction.kind == EDM and not settings.prediction_type:
+        raise _cannot_be_loaded(
+            model, f"it is an EDM model ({facts.prediction.source}), whose samplers are not here; set MODEL_ID"
+        )
+    return facts.prediction
+
+
+def _cannot_be_loaded(model: BaseModel, reason: str) -> ModelUnavailable:
+    return ModelUnavailable(f"the base model {model.name} cannot be loaded: {reason}")
 
 
 def _write_example_lora(settings: Settings) -> None:
@@ -62,7 +104,7 @@ def _load_from_disk(model: BaseModel, settings: Settings, dtype: torch.dtype, de
         logger.error("loading %s: %s: %s", model.name, type(error).__name__, clean_text(str(error)))
         what = "checkpoint, or its configs cannot be fetched" if model.kind == "file" else "model"
         reason = f"it is not a complete SDXL {what}; check MODEL_ID"
-    raise ModelUnavailable(f"the base model {model.name} cannot be loaded: {reason}")
+    raise _cannot_be_loaded(model, reason)
 
 
 def _from_files(model: BaseModel, vae_path: Path | None, dtype: torch.dtype) -> StableDiffusionXLPipeline:

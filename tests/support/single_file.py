@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -36,9 +37,12 @@ _OPEN_CLIP_NAMES = (
 )
 
 
-def save_single_file(pipeline, path: Path) -> Path:
-    """All weights of `pipeline` in one .safetensors file under SDXL's original names."""
-    tensors: dict[str, torch.Tensor] = {}
+def save_single_file(pipeline, path: Path, marks: Collection[str] = (), metadata: dict[str, str] | None = None) -> Path:
+    """All weights of `pipeline` in one .safetensors file under SDXL's original names.
+
+    `marks` are the names of empty tensors beside them, such as ComfyUI's `v_pred`.
+    """
+    tensors: dict[str, torch.Tensor] = {name: torch.tensor([]) for name in marks}
     for name, value in pipeline.unet.state_dict().items():
         module, _, parameter = name.rpartition(".")
         tensors[f"model.diffusion_model.{original_name(module)}.{parameter}"] = value
@@ -49,8 +53,15 @@ def save_single_file(pipeline, path: Path) -> Path:
         tensors[f"conditioner.embedders.0.transformer.text_model.{name}"] = value
     for name, value in _open_clip(pipeline.text_encoder_2.state_dict()).items():
         tensors[f"conditioner.embedders.1.model.{name}"] = value
-    save_file({name: value.contiguous().clone() for name, value in tensors.items()}, str(path))
+    save_file({name: value.contiguous().clone() for name, value in tensors.items()}, str(path), metadata)
     return path
+
+
+def save_configs(pipeline, folder: Path) -> None:
+    """What a single file lacks: the configs and tokenizers of `pipeline`, without weights."""
+    pipeline.save_pretrained(folder)
+    for weights in folder.glob("*/*.safetensors"):
+        weights.unlink()
 
 
 def _open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
