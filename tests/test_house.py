@@ -29,7 +29,7 @@ PACKAGE = "sdxl_worker"
 # From the bottom up. A module may import from its own layer and from those before it.
 LAYERS: tuple[tuple[str, ...], ...] = (
     (
-        *("text", "masking", "data_uris", "checks", "errors", "settings", "schedulers", "logs"),
+        *("text", "background", "masking", "data_uris", "checks", "errors", "settings", "schedulers", "logs"),
         *("entries", "lora_entries", "embedding_entries", "request", "validation"),
     ),
     ("job_run",),

@@ -11,11 +11,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-import threading
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sdxl_worker.background import in_background
 from sdxl_worker.generate.base_model import BaseModel
 
 if TYPE_CHECKING:
@@ -32,20 +32,18 @@ def start_hashing(model: BaseModel, pipeline: StableDiffusionXLPipeline) -> Futu
 
     To be called before the first LoRA is merged: the weights in memory are hashed before this returns.
     """
-    future: Future[str] = Future()
 
-    def work() -> None:
+    def work() -> str:
         try:
-            future.set_result(model_hash(model, pipeline))
-        except Exception as error:  # a job waits for the future: it has to come, whatever the file does
+            return model_hash(model, pipeline)
+        except Exception as error:  # a job waits for the hash: it does without, whatever the file does
             logger.warning("Model hash is left out: %s", getattr(error, "strerror", None) or type(error).__name__)
-            future.set_result("")
+            return ""
 
-    if model.path is None:
-        work()
-    else:
-        # A worker that ends does not wait for it.
-        threading.Thread(target=work, name="model hash", daemon=True).start()
+    if model.path is not None:
+        return in_background(work, "model hash")
+    future: Future[str] = Future()
+    future.set_result(work())
     return future
 
 

@@ -8,12 +8,14 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from sdxl_worker.background import in_background
 from sdxl_worker.lora.file import LoraFacts, autov3, read_lora
 from sdxl_worker.lora.formats.format import Change, map_tensors, tensors_of
 from sdxl_worker.lora.keys import COMPONENTS, ResidentModules
@@ -48,10 +50,18 @@ class ParsedLora:
         """What to tell the caller."""
         return (*self.matched.warnings, *self.bundled.warnings)
 
-    @functools.cached_property
+    @property
     def autov3(self) -> str:
-        """Computed when asked for: sidecars of today say it."""
-        return autov3(self.data)
+        """Waits for what start_hashing began."""
+        return self._hashing.result()
+
+    def start_hashing(self) -> None:
+        """Compute `autov3` once, beside what else is done: it takes 0.2 s for a large file."""
+        _ = self._hashing
+
+    @functools.cached_property
+    def _hashing(self) -> Future[str]:
+        return in_background(lambda: autov3(self.data), "AutoV3")
 
     @functools.cached_property
     def size(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +34,7 @@ _AUTOV3 = 12
 class LoraFacts:
     """What a LoRA file is, told from tensor names and shapes first and metadata second; every text is safe to show.
 
-    `rank` and `alpha` are the most common ones among the modules; `modules` counts what the file changes; `autov3` is
-    said by check_lora_file only.
+    `rank` and `alpha` are the most common ones among the modules; `modules` counts what the file changes.
     """
 
     format: str
@@ -51,7 +50,6 @@ class LoraFacts:
     resolution: str = ""
     trained_on: str = ""
     embeddings: tuple[str, ...] = ()
-    autov3: str = ""
 
     def as_json(self) -> dict[str, Any]:
         """JSON-ready, without what the file does not say."""
@@ -81,13 +79,12 @@ def check_lora_file(path: Path) -> LoraFacts:
     """
     header = read_header(path)
     keys = _sorted_keys(header)
-    alphas, data = {}, hashlib.sha256()
+    alphas = {}
     for name, tensor in stream_tensors(path):
         check_values(name, tensor)
-        data.update(_bytes(tensor))
         if name.endswith(".alpha"):
             alphas[name] = tensor.clone()
-    return replace(_facts(header, keys, alphas), autov3=data.hexdigest()[:_AUTOV3])
+    return _facts(header, keys, alphas)
 
 
 def read_lora(path: Path, *, pinned: bool = False) -> LoraContent:
@@ -106,13 +103,7 @@ def autov3(data: torch.Tensor) -> str:
 
     `data` is all that follows the header (uint8, 1-D); kohya's sd-scripts calls it `addnet_hash_safetensors`.
     """
-    return hashlib.sha256(_bytes(data)).hexdigest()[:_AUTOV3]
-
-
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    import torch
-
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+    return hashlib.sha256(data.numpy().data).hexdigest()[:_AUTOV3]
 
 
 def _sorted_keys(header: Header) -> FileKeys:

@@ -84,6 +84,9 @@ def make_ready(
         )
     run.facts["loras"] = [file.reference for file in files]
     run.facts["cache_hits"] = sum(file.cached for file in files)
+    for file, content in zip(files, parsed, strict=True):
+        if not file.autov3:
+            content.start_hashing()
     notes = [_keep_as(spec, file, assets) for spec, file in zip(wanted, files, strict=True)]
     return [ReadyLora(*ready) for ready in zip(wanted, files, parsed, notes, strict=True)]
 
