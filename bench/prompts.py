@@ -4,7 +4,7 @@ On the narrow SDXL (real topology, real text encoder depths, about 1/8 of the wi
 diffusers encodes, a weighted one, and one of 400 tokens, each with a negative prompt of one chunk. Then the parser
 alone, on 10,000 and 100,000 brackets. Prints tables of ratios and writes everything to bench/results/.
 
-    python -m bench.prompts [--repeats 5] [--side 256] [--steps 28] [--device cpu]
+    python -m bench.prompts [--repeats 5] [--side 512] [--steps 28] [--device cpu]
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def main() -> None:
     """Measure, print tables, write bench/results/prompts_DEVICE.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--side", type=int, default=256)
+    parser.add_argument("--side", type=int, default=512)
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
