@@ -30,7 +30,7 @@ PACKAGE = "sdxl_worker"
 LAYERS: tuple[tuple[str, ...], ...] = (
     (
         *("text", "background", "masking", "data_uris", "checks", "errors", "settings", "schedulers", "logs"),
-        *("entries", "lora_entries", "embedding_entries", "request", "validation"),
+        *("entries", "lora_entries", "embedding_entries", "prediction_marks", "request", "validation"),
     ),
     ("job_run",),
     ("assets",),

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from sdxl_worker.errors import ModelUnavailable, RestoreFailed
 from sdxl_worker.generate.render import render
@@ -92,6 +93,19 @@ def test_loras_are_applied_reported_and_taken_away(worker):
     assert answer["images"] != plain["images"]
     assert torch.equal(weights(worker.pipeline), before)
     assert worker.run(job())["images"] == plain["images"]
+
+
+def test_a_lora_that_predicts_v_is_named_where_the_base_model_predicts_epsilon(worker, monkeypatch):
+    folder = worker.settings.lora_cache_dir
+    save_file(load_file(folder / EXAMPLE_LORA), folder / "v.safetensors", {"modelspec.prediction_type": "v"})
+    request = job(loras=["v.safetensors", "tiny-example"])
+    assert worker.run(request)["warnings"] == [
+        "loras[0]: it was trained on a base model that predicts v, and this one predicts epsilon: the picture may be "
+        "spoilt"
+    ]
+    predicts_v = EulerDiscreteScheduler.from_config(worker.pipeline.scheduler.config, prediction_type="v_prediction")
+    monkeypatch.setattr(worker.pipeline, "scheduler", predicts_v)
+    assert "warnings" not in worker.run(request)
 
 
 def test_scale_0_costs_nothing_and_is_not_listed(worker, monkeypatch):

@@ -1,24 +1,22 @@
 """What a checkpoint in one .safetensors file is, told from its header: no tensor is read.
 
 Tensor names: https://github.com/Stability-AI/generative-models (SDXL) and https://github.com/CompVis/stable-diffusion.
-A file says that it predicts v by the empty tensors `v_pred` and `ztsnr` (ComfyUI, SimpleTuner, NoobAI), by
-`modelspec.prediction_type` (https://github.com/Stability-AI/ModelSpec; kohya) or `modelspec.predict_key` (ComfyUI).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from sdxl_worker.assets.safetensors_file import DTYPES, Header, read_header
+from sdxl_worker.prediction_marks import Prediction, read_prediction
 
 SDXL = "SDXL"
 REFINER = "SDXL refiner"
 NOT_A_CHECKPOINT = "not a checkpoint"
-EPSILON, V_PREDICTION, EDM = "epsilon", "v_prediction", "EDM"
 INPAINTING_CHANNELS = 9
 
 _UNET = "model.diffusion_model."
@@ -39,25 +37,6 @@ _PARTS = (
     ("text encoders", ("conditioner.embedders.", "cond_stage_model.")),
     ("VAE", ("first_stage_model.",)),
 )
-# Beside their plain names: ComfyUI's and others' tools write a UNet with what lies beside it under its prefix.
-_PREFIXES = ("", _UNET)
-# How the metadata may say it, and in which words.
-_FIELDS = ("modelspec.prediction_type", "modelspec.predict_key")
-_V_WORDS = frozenset({"v", "v_prediction", "v-prediction", "vpred", "v_pred", "v-pred"})
-_EPSILON_WORDS = frozenset({"epsilon", "eps"})
-_TRUE, _FALSE = frozenset({"true", "1"}), frozenset({"false", "0"})
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What a model predicts (`epsilon`, `v_prediction`, or `EDM`, which has schedulers of its own).
-
-    `zero_snr`: it was trained down to a signal of zero. `source` is what in the file says so, "" where nothing does.
-    """
-
-    kind: str = EPSILON
-    zero_snr: bool = False
-    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -115,40 +94,6 @@ def checkpoint_facts(header: Header) -> CheckpointFacts:
         tensors=len(names),
         dtype=DTYPES[sizes.most_common(1)[0][0]][0] if sizes else "",
     )
-
-
-def read_prediction(names: Collection[str], metadata: Mapping[str, str]) -> Prediction:
-    """What a file with these tensor names and this metadata says; a tensor counts before the metadata.
-
-    The tensor `v_pred` without `ztsnr` says that there is no zero terminal SNR, since who writes the one knows the
-    other. Metadata says v only, and zero terminal SNR is then taken for given, as SDXL's v-prediction models have it.
-    """
-    for mark in ("edm_vpred.sigma_max", "edm_mean"):
-        if mark in names:
-            return Prediction(EDM, source=f"the tensor {mark}")
-    for prefix in _PREFIXES:
-        if f"{prefix}v_pred" in names:
-            has_zero_snr = any(f"{other}ztsnr" in names for other in _PREFIXES)
-            return Prediction(V_PREDICTION, has_zero_snr, f"the tensor {prefix}v_pred")
-    return _of_metadata(metadata)
-
-
-def _of_metadata(metadata: Mapping[str, str]) -> Prediction:
-    for field in _FIELDS:
-        word = metadata.get(field, "").strip().lower()
-        if word in _V_WORDS:
-            return Prediction(V_PREDICTION, _zero_snr_of(metadata), field)
-        if word in _EPSILON_WORDS:
-            return Prediction(EPSILON, source=field)
-    # kohya's forks.
-    for field in ("ss_v_parameterization", "ss_v_prediction"):
-        if metadata.get(field, "").strip().lower() in _TRUE:
-            return Prediction(V_PREDICTION, _zero_snr_of(metadata), field)
-    return Prediction()
-
-
-def _zero_snr_of(metadata: Mapping[str, str]) -> bool:
-    return metadata.get("ss_zero_terminal_snr", "").strip().lower() not in _FALSE
 
 
 def _has_all(names: Collection[str], prefixes: Collection[str]) -> bool:

@@ -1,16 +1,19 @@
-"""What the base model predicts, put into the resident scheduler's config: every sampler is made from it.
+"""What the base model predicts, put into the resident scheduler's config, which every sampler is made from.
 
 Zero terminal SNR and why it takes trailing timesteps: https://arxiv.org/abs/2305.08891
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sdxl_worker.generate.checkpoint_facts import EPSILON, V_PREDICTION, Prediction
+from sdxl_worker.prediction_marks import EPSILON, V_PREDICTION, Prediction
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
+
+    from sdxl_worker.lora.ready import ReadyLora
 
 
 def wanted_prediction(setting: str, said: Prediction) -> Prediction | None:
@@ -34,3 +37,15 @@ def predicting(scheduler: SchedulerMixin, prediction: Prediction) -> SchedulerMi
         options["timestep_spacing"] = "trailing"
     made: SchedulerMixin = diffusers.EulerDiscreteScheduler.from_config(dict(scheduler.config), **options)
     return made
+
+
+def notes_on_loras(config: Mapping[str, Any], loras: Sequence[ReadyLora]) -> list[str]:
+    """A warning for each LoRA that says that it was trained to predict v, where the base model predicts the noise."""
+    if config["prediction_type"] != EPSILON:
+        return []
+    return [
+        f"{lora.spec.label}: it was trained on a base model that predicts v, and this one predicts epsilon: "
+        "the picture may be spoilt"
+        for lora in loras
+        if lora.parsed.facts.prediction == V_PREDICTION
+    ]

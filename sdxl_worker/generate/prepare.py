@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sdxl_worker import prompts
+from sdxl_worker.generate import prediction
 from sdxl_worker.generate.infotext import Used
 from sdxl_worker.generate.input_image import fetch_inputs
 from sdxl_worker.generate.modes import Inputs
@@ -33,7 +34,7 @@ class Prepared:
     loras: Sequence[ReadyLora]
     embeddings: PromptEmbeddings
     used_embeddings: Sequence[Embedding]
-    prompt_notes: Sequence[str]
+    notes: Sequence[str]
 
     @property
     def used(self) -> Used:
@@ -53,7 +54,7 @@ class Prepared:
         """What to tell the caller, in the order in which the worker came upon it."""
         of_loras = [line for lora, done in zip(self.loras, applied, strict=True) for line in lora.warnings(done)]
         notes = self.embeddings.notes_on(self.used_embeddings)
-        return [*self.request.warnings, *self.prompt_notes, *of_loras, *notes]
+        return [*self.request.warnings, *self.notes, *of_loras, *notes]
 
 
 def prepare(
@@ -73,7 +74,10 @@ def prepare(
     inputs = fetch_inputs(request, assets, run)
     loras = make_ready(request.loras, assets, engine, run) if request.loras else []
     embeddings = _embeddings(request, pipeline, assets, loras, run)
-    notes = prompts.examined(pipeline, request, embeddings)
+    notes = [
+        *prompts.examined(pipeline, request, embeddings),
+        *prediction.notes_on_loras(pipeline.scheduler.config, loras),
+    ]
     used = embeddings.used_by(request, prompts.tokenizers_of(pipeline))
     return Prepared(request, inputs, loras, embeddings, used, notes)
 

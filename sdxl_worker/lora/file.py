@@ -49,6 +49,7 @@ class LoraFacts:
     top_tags: tuple[tuple[str, int], ...] = ()
     resolution: str = ""
     trained_on: str = ""
+    prediction: str = ""
     embeddings: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from sdxl_worker.prediction_marks import read_prediction
 from sdxl_worker.text import clean_text
 
 _MAX_WORDS = 20
@@ -18,12 +19,14 @@ _MAX_JSON = 4 * 2**20
 
 def describe(metadata: Mapping[str, str]) -> dict[str, Any]:
     """The LoraFacts fields that come from metadata (kohya `ss_*`, modelspec, PEFT), all safe to show."""
+    said = read_prediction((), metadata)
     return {
         "title": _first(metadata, "modelspec.title", "ss_output_name", "name"),
         "author": _first(metadata, "modelspec.author", "author"),
         "trigger_words": _trigger_words(metadata),
         "top_tags": _top_tags(metadata),
         "resolution": _first(metadata, "modelspec.resolution", "ss_resolution"),
+        "prediction": said.kind if said.source else "",
         "trained_on": _first(metadata, "ss_sd_model_name", "ss_base_model_version", "modelspec.architecture"),
     }
 

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from sdxl_worker.errors import BadFile, ModelUnavailable
-from sdxl_worker.generate.checkpoint_facts import Prediction, read_checkpoint, read_prediction
+from sdxl_worker.generate.checkpoint_facts import read_checkpoint
 from sdxl_worker.generate.load import load_pipeline
 from sdxl_worker.settings import Settings
 
@@ -66,47 +66,6 @@ def test_what_is_not_safetensors_is_an_error(tmp_path: Path):
     (tmp_path / "a.safetensors").write_bytes(b"PK\x03\x04" * 9)
     with pytest.raises(BadFile, match="pickle"):
         read_checkpoint(tmp_path / "a.safetensors")
-
-
-@pytest.mark.parametrize(
-    ("names", "metadata", "expected"),
-    [
-        ((), {}, Prediction("epsilon", zero_snr=False, source="")),
-        (("ztsnr",), {}, Prediction("epsilon", zero_snr=False, source="")),
-        (("v_pred",), {}, Prediction("v_prediction", zero_snr=False, source="the tensor v_pred")),
-        (("v_pred", "ztsnr"), {}, Prediction("v_prediction", zero_snr=True, source="the tensor v_pred")),
-        (
-            ("v_pred", "ztsnr"),
-            {"modelspec.prediction_type": "epsilon"},
-            Prediction("v_prediction", zero_snr=True, source="the tensor v_pred"),
-        ),
-        (
-            (),
-            {"modelspec.prediction_type": "V_Prediction "},
-            Prediction("v_prediction", zero_snr=True, source="modelspec.prediction_type"),
-        ),
-        (
-            (),
-            {"modelspec.prediction_type": "epsilon"},
-            Prediction("epsilon", zero_snr=False, source="modelspec.prediction_type"),
-        ),
-        ((), {"modelspec.prediction_type": "?"}, Prediction("epsilon", zero_snr=False, source="")),
-        (
-            (),
-            {"modelspec.prediction_type": "v", "ss_zero_terminal_snr": "False"},
-            Prediction("v_prediction", zero_snr=False, source="modelspec.prediction_type"),
-        ),
-        (
-            (),
-            {"ss_v_parameterization": "True"},
-            Prediction("v_prediction", zero_snr=True, source="ss_v_parameterization"),
-        ),
-        ((), {"ss_v_parameterization": "False"}, Prediction("epsilon", zero_snr=False, source="")),
-        (("edm_mean", "edm_std"), {}, Prediction("EDM", zero_snr=False, source="the tensor edm_mean")),
-    ],
-)
-def test_what_it_predicts(names, metadata, expected):
-    assert read_prediction(names, metadata) == expected
 
 
 @pytest.mark.parametrize(
