@@ -39,7 +39,7 @@ RUN ln -s /runpod-volume/models /models
 ARG BAKE_MODEL=1
 ARG MODEL_ID=stabilityai/stable-diffusion-xl-base-1.0
 ENV MODEL_ID=$MODEL_ID
-COPY sdxl_worker/__init__.py sdxl_worker/checks.py sdxl_worker/errors.py sdxl_worker/kinds.py sdxl_worker/logs.py \
+COPY sdxl_worker/__init__.py sdxl_worker/checks.py sdxl_worker/data_uris.py sdxl_worker/errors.py sdxl_worker/kinds.py sdxl_worker/logs.py \
      sdxl_worker/masking.py sdxl_worker/prediction_marks.py sdxl_worker/settings.py sdxl_worker/text.py ./sdxl_worker/
 COPY sdxl_worker/assets ./sdxl_worker/assets
 COPY sdxl_worker/generate/__init__.py sdxl_worker/generate/base_model.py sdxl_worker/generate/checkpoint.py \
