@@ -102,6 +102,16 @@ def choice(names: tuple[str, ...]) -> Check:
     return Check(str, problem)
 
 
+def spelled(names: tuple[str, ...], known: Callable[[str], object | None]) -> Check:
+    """One of the given strings, or anything else that `known` finds something for."""
+
+    def problem(value: Any) -> str | None:
+        good = isinstance(value, str) and known(value) is not None
+        return None if good else f"must be one of {', '.join(names)}, or another name for one, not {shown(value)}"
+
+    return Check(str, problem)
+
+
 def switch() -> Check:
     """True or false."""
     return Check(bool, lambda value: None if isinstance(value, bool) else f"must be true or false, not {shown(value)}")

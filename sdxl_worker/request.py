@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
-from sdxl_worker.checks import MAX_URL_CHARACTERS, Check, choice, number, or_null, picture, switch, text, whole
-from sdxl_worker.schedulers import scheduler_names
+from sdxl_worker.checks import MAX_URL_CHARACTERS, Check, choice, number, or_null, picture, spelled, switch, text, whole
+from sdxl_worker.sampler_names import find_schedule, find_scheduler
+from sdxl_worker.schedulers import AUTOMATIC, schedule_names, scheduler_names
 from sdxl_worker.settings import PROMPT_SYNTAXES
 from sdxl_worker.text import is_unicode, shown
 
@@ -154,10 +155,11 @@ def _seed(value: int | None) -> int:
 class GenerationRequest:
     """A validated job: the one list of the input's fields, in the order of the documentation.
 
-    Sizes are in pixels. A negative_prompt of None gives another picture than "". `seed` is never negative. `strength`
-    is used with a picture only. `image` means the same as `image_url`. `loras` and `embeddings` are the usable entries;
-    `..._requested` says that the request had some, usable or not; `given` names the input's fields that it did not
-    leave out or null. Values made directly are not checked.
+    Sizes are in pixels. A negative_prompt of None gives another picture than "". `seed` is never negative.
+    `scheduler` and `schedule_type` are the names of the tables in schedulers.py. `strength` is used with a picture
+    only. `image` means the same as `image_url`. `loras` and `embeddings` are the usable entries; `..._requested` says
+    that the request had some, usable or not; `given` names the input's fields that it did not leave out or null.
+    Values made directly are not checked.
     """
 
     prompt: str = _input(text(MAX_PROMPT_CHARACTERS))
@@ -169,7 +171,8 @@ class GenerationRequest:
     height: int = _input(whole(MIN_SIDE, MAX_SIDE, SIDE_STEP), 1024)
     width: int = _input(whole(MIN_SIDE, MAX_SIDE, SIDE_STEP), 1024)
     seed: int = _input(or_null(whole(-1, MAX_SEED)), None, _seed)
-    scheduler: str = _input(choice(scheduler_names()), "K_EULER_ANCESTRAL")
+    scheduler: str = _input(spelled(scheduler_names(), find_scheduler), "K_EULER_ANCESTRAL")
+    schedule_type: str = _input(spelled(schedule_names(), find_schedule), AUTOMATIC)
     num_inference_steps: int = _input(whole(1, MAX_STEPS), 28)
     guidance_scale: float = _input(number(0, MAX_GUIDANCE), 5.5, float)
     num_images: int = _input(whole(1, MAX_IMAGES), 1)

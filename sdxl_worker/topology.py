@@ -66,16 +66,22 @@ wh ee wi em ad ol rt po we na ul ni ts mo ow pa im mi ai sh ir su id os iv ia am
 gh ke ap au
 """
 
-# The scheduler config that SDXL 1.0 ships.
+# scheduler/scheduler_config.json of stabilityai/stable-diffusion-xl-base-1.0.
 SCHEDULER_CONFIG = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
-    "num_train_timesteps": 1000,
-    "timestep_spacing": "leading",
-    "steps_offset": 1,
-    "prediction_type": "epsilon",
+    "clip_sample": False,
     "interpolation_type": "linear",
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "sample_max_value": 1.0,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+    "trained_betas": None,
+    "use_karras_sigmas": False,
 }
 
 
@@ -100,7 +106,7 @@ def build_sdxl(
         tokenizer=tokenizer,
         tokenizer_2=tokenizer_2,
         unet=unet,
-        scheduler=EulerDiscreteScheduler(**SCHEDULER_CONFIG),
+        scheduler=EulerDiscreteScheduler.from_config(SCHEDULER_CONFIG),
         add_watermarker=False,
     )
     return pipeline.to(device)

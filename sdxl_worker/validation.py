@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from itertools import islice
 from typing import Any
 
+from sdxl_worker import work
 from sdxl_worker.data_uris import is_data_uri
 from sdxl_worker.embedding_entries import parse_embedding_entries
 from sdxl_worker.errors import InvalidRequest
 from sdxl_worker.lora_entries import parse_lora_entries
 from sdxl_worker.request import FIELDS, PICTURE_FIELDS, GenerationRequest
-from sdxl_worker.schedulers import SCHEDULERS
+from sdxl_worker.sampling import resolve, sampling_problems
 from sdxl_worker.text import shown
 
 # Every field has its own, smaller bound: this one is for what is not a field.
 MAX_INPUT_CHARACTERS = 2_000_000
-# Two pictures of 1024 x 1024 with 128 steps, or one of 2048 x 2048 with 64: a few minutes on a small GPU.
-MAX_PIXEL_STEPS = 2**28
 # More would only be the same mistake again, such as a file pasted in as fields.
 MAX_PROBLEMS = 40
 
@@ -38,7 +36,10 @@ def validate_request(raw: Any) -> GenerationRequest:
         raise InvalidRequest(f"input holds more than {MAX_INPUT_CHARACTERS} characters")
     problems = _field_problems(raw)
     values = {**{name: field.default for name, field in FIELDS.items()}, **raw}
-    sentences = [*problems.values(), *_combined_problems(values, problems)]
+    given = frozenset(name for name, value in raw.items() if value is not None)
+    sampling = resolve(values, given, problems)
+    values = sampling.values
+    sentences = [*problems.values(), *sampling.problems, *combined_problems(values, problems)]
     if sentences:
         raise InvalidRequest("; ".join(sentences[:MAX_PROBLEMS]))
     specs, lora_warnings = parse_lora_entries(values["loras"] or ())
@@ -48,8 +49,8 @@ def validate_request(raw: Any) -> GenerationRequest:
         **{**read, "loras": specs, "embeddings": embeddings},
         loras_requested=bool(values["loras"]),
         embeddings_requested=bool(values["embeddings"]),
-        given=frozenset(name for name, value in raw.items() if value is not None),
-        warnings=lora_warnings + embedding_warnings + _ignored(values, raw),
+        given=sampling.given,
+        warnings=lora_warnings + embedding_warnings + sampling.warnings + _ignored(values, raw),
     )
 
 
@@ -86,18 +87,13 @@ def _field_problems(raw: Mapping[str, Any]) -> dict[str, str]:
     return problems | {name: f"{shown(name)} is not an input field" for name in islice(unknown, MAX_PROBLEMS)}
 
 
-def _combined_problems(values: Mapping[str, Any], bad: Collection[str]) -> list[str]:
-    """What is wrong with fields that are each good on their own."""
-    problems = []
-    factors = ("width", "height", "num_images", "num_inference_steps")
-    work = 0 if set(factors) & set(bad) else math.prod(values[name] for name in factors)
-    if work > MAX_PIXEL_STEPS:
-        problems.append(f"{' x '.join(factors)} is {work} and must be at most {MAX_PIXEL_STEPS}")
-    scheduler, steps, strength = values["scheduler"], values["num_inference_steps"], values["strength"]
-    if not {"scheduler", "num_inference_steps"} & set(bad) and steps < SCHEDULERS[scheduler].min_steps:
-        least = SCHEDULERS[scheduler].min_steps
-        problems.append(f"scheduler {scheduler} needs num_inference_steps of at least {least}")
+def combined_problems(values: Mapping[str, Any], bad: Collection[str] = ()) -> list[str]:
+    """What is wrong with fields that are each good on their own; `bad` are those that are not."""
+    problems = sampling_problems(values, bad)
     image = _given_of(values, "image_url")
+    if not {*work.FIELDS, *image} & set(bad):
+        problems += work.problems(values, to_image=bool(image))
+    steps, strength = values["num_inference_steps"], values["strength"]
     to_image = not {*image, "num_inference_steps", "strength"} & set(bad) and image
     if to_image and strength > 0 and int(steps * strength) < 1:
         problems.append(f"num_inference_steps x strength must be at least 1 with {image[0]}")

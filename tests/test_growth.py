@@ -25,15 +25,15 @@ SCHEDULER = (
     [
         Edit(
             "sdxl_worker/schedulers.py",
-            '    Scheduler("UniPC", "UniPCMultistepScheduler", "UniPC", {"use_karras_sigmas": True}),\n',
-            '    Scheduler("DPMSolverSinglestep"',
+            '    Scheduler("UniPC bh1", "UniPCMultistepScheduler", "UniPC bh1", {"solver_type": "bh1"}),\n',
+            '    Scheduler("DPM2", ',
         )
     ],
     """
     from schemas import validate_request
     from sdxl_worker.schedulers import SCHEDULERS  # from which samplers.py makes them
-    assert validate_request({"prompt": "a", "scheduler": "UniPC"}).scheduler == "UniPC"
-    assert SCHEDULERS["UniPC"].class_name == "UniPCMultistepScheduler"
+    assert validate_request({"prompt": "a", "scheduler": "uni_pc_bh1 Karras"}).scheduler == "UniPC bh1"
+    assert SCHEDULERS["UniPC bh1"].class_name == "UniPCMultistepScheduler"
     """,
 )
 FIELD = (

@@ -30,6 +30,7 @@ PACKAGE = "sdxl_worker"
 LAYERS: tuple[tuple[str, ...], ...] = (
     (
         *("text", "background", "masking", "data_uris", "checks", "errors", "settings", "schedulers", "logs"),
+        *("sampler_names", "sampling", "work"),
         *("entries", "lora_entries", "embedding_entries", "prediction_marks", "request", "validation"),
     ),
     ("job_run",),

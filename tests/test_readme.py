@@ -13,7 +13,7 @@ from safetensors.numpy import save
 
 import download_weights
 import schemas
-from sdxl_worker import kinds, request, validation
+from sdxl_worker import kinds, request, work
 from sdxl_worker.assets.kind import Kind
 from sdxl_worker.assets.sources import parse_reference
 from sdxl_worker.assets.sources.civitai import CivitaiReference
@@ -22,7 +22,8 @@ from sdxl_worker.assets.sources.local import CachedReference
 from sdxl_worker.assets.sources.url import UrlReference
 from sdxl_worker.errors import AssetFileError, FetchError, WorkerError
 from sdxl_worker.lora_entries import parse_lora_entries
-from sdxl_worker.schedulers import scheduler_names
+from sdxl_worker.sampler_names import Named, find_scheduler
+from sdxl_worker.schedulers import SCHEDULERS, schedule_names, scheduler_names
 from sdxl_worker.settings import Settings
 from tests.support.readme import README, ROOT, readme_table, unquoted
 
@@ -76,9 +77,22 @@ def test_ranges_of_the_request_table_are_the_accepted_ones(row: dict[str, str]) 
         assert check(bad) is not None
 
 
-def test_schedulers_are_listed() -> None:
-    (row,) = [row for row in readme_table("Request", "Field") if row["Field"] == "`scheduler`"]
-    assert tuple(re.findall(r"`(\w+)`", row["Range"])) == scheduler_names()
+def test_samplers_are_listed_with_what_holds_for_them() -> None:
+    rows = readme_table("Samplers", "Name")
+    assert tuple(unquoted(row["Name"]) for row in rows) == scheduler_names()
+    for row in rows:
+        scheduler = SCHEDULERS[unquoted(row["Name"])]
+        names = re.findall(r"`([^`]+)`", row["Other names"])
+        assert [find_scheduler(name) for name in names] == [Named(scheduler)] * len(names)
+        assert {scheduler.display_name, *scheduler.other_names} <= {scheduler.name, *names}
+        assert row["Steps"] == f"{scheduler.min_steps} to {scheduler.max_steps or request.MAX_STEPS}"
+        calls = {"n": 7, "n + 1": 8, "2n - 1": 13}[row["Calls of the UNet in n steps"]]
+        assert scheduler.calls(7) == calls
+        cell, listed = row["`schedule_type`"], set(re.findall(r"`(\w+)`", row["`schedule_type`"]))
+        assert {"automatic", *scheduler.schedules} == (
+            set(schedule_names()) - listed if cell.startswith("all") else listed
+        ), scheduler.name
+        assert scheduler.zero_snr == (row["Zero SNR"] == "yes")
 
 
 def test_environment_table_names_the_settings_and_defaults() -> None:
@@ -169,7 +183,7 @@ def test_what_is_left_out_of_a_request_of_worker_sdxl() -> None:
 def test_limits_are_those_of_the_schema() -> None:
     limits = {row["What"]: row["Limit"] for row in readme_table("Limits", "What")}
     assert f"{request.MIN_SIDE} to {request.MAX_SIDE}" in limits["Picture"]
-    assert str(validation.MAX_PIXEL_STEPS) in limits["Work"]
+    assert str(work.MAX_PIXEL_CALLS) in limits["Work"]
     assert str(request.MAX_PROMPT_CHARACTERS) in limits["Prompts"]
     assert limits["LoRAs"].startswith(f"{request.MAX_LORAS} per request")
 
@@ -197,6 +211,8 @@ def boundaries(span: str) -> list[tuple[Any, Any]]:
     if span == "an http or https URL, or a data URI":
         pairs = [("https://example.com/a.png", "ftp://example.com/a.png")]
         return [*pairs, ("data:image/png;base64,AAAA", "data:image/png,AAAA")]
+    if span == "the name of a sampler":
+        return [(name, f"{name}x") for name in ("K_EULER", "Euler a", "dpmpp_2m", "DPM++ 2M SDE Karras")]
     names = [json.loads(name) if name in ("true", "false") else name for name in re.findall(r"`([^`]+)`", span)]
     assert names, f"no rule for {span!r}"
     return [(name, f"{name}x") for name in names]

@@ -2,8 +2,8 @@
 
     prompt <lora:name:scale>
     Negative prompt: ...
-    Steps: 28, Sampler: Euler a, CFG scale: 5.5, Seed: 7, Size: 1024x1024, Model hash: hash, Model: name,
-    Lora hashes: "name: hash", TI hashes: "token: hash"
+    Steps: 28, Sampler: Euler a, Schedule type: Automatic, CFG scale: 5.5, Seed: 7, Size: 1024x1024,
+    Model hash: hash, Model: name, Lora hashes: "name: hash", TI hashes: "token: hash"
 
 https://github.com/AUTOMATIC1111/stable-diffusion-webui/blob/master/modules/infotext_utils.py reads it;
 what the hashes are is said in UsedLora and in generate.model_hash.
@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from sdxl_worker.lora.used import UsedLora, safe_name
 from sdxl_worker.prompts.embeddings import Embedding
 from sdxl_worker.request import DEFAULT_CLIP_SKIP, GenerationRequest
-from sdxl_worker.schedulers import SCHEDULERS
+from sdxl_worker.schedulers import SCHEDULERS, SCHEDULES
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ def infotext(
     facts = {
         "Steps": request.num_inference_steps,
         "Sampler": SCHEDULERS[request.scheduler].display_name,
+        "Schedule type": SCHEDULES[request.schedule_type].display_name,
         "CFG scale": f"{request.guidance_scale:g}",
         "Seed": image_seed(request, index),
         "Size": f"{request.width}x{request.height}",

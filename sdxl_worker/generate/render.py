@@ -53,7 +53,7 @@ def render(
     if finished is not None:
         return [finished.copy() for _ in range(request.num_images)]
     with ExitStack() as changes:
-        changes.enter_context(samplers.applied(pipeline, request.scheduler))
+        changes.enter_context(samplers.applied(pipeline, request))
         changes.enter_context(vae.precision_kept(pipeline))
         conditioning = changes.enter_context(prompts.applied(pipeline, request, embeddings))
         passes = mode.passes(pipeline, request, inputs)
@@ -87,6 +87,7 @@ class _Drawing:
         generators = [torch.Generator(self.pipeline.device).manual_seed(seed) for seed in seeds]
         result: torch.Tensor | None = None
         for number, step in enumerate(self.passes):
+            samplers.seed(step.view.scheduler, seeds)
             result = self._pass(step, result, generators, done + sum(calls[:number]), total)
         assert result is not None
         return self._as_pictures(result)

@@ -11,6 +11,7 @@ from PIL import Image
 from sdxl_worker.generate import samplers
 from sdxl_worker.generate.calls import unet_calls
 from sdxl_worker.generate.modes import view_of
+from sdxl_worker.request import GenerationRequest
 from sdxl_worker.schedulers import scheduler_names
 
 WORDS = {"prompt": "a", "output_type": "latent"}
@@ -28,7 +29,7 @@ CALLS: list[tuple[str, dict[str, Any]]] = [
 def test_as_often_as_diffusers_calls_the_unet(name: str, class_name: str, arguments: dict, pipeline, monkeypatch):
     unet = mock.Mock(wraps=pipeline.unet.forward)
     monkeypatch.setattr(pipeline.unet, "forward", unet)
-    with samplers.applied(pipeline, name):
+    with samplers.applied(pipeline, GenerationRequest("a", scheduler=name)):
         view = view_of(pipeline, class_name)
         expected = unet_calls(view, arguments)
         picture = {} if class_name == "StableDiffusionXLPipeline" else {"image": Image.new("RGB", (64, 64))}

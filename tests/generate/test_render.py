@@ -112,9 +112,9 @@ def test_no_more_is_drawn_at_once_than_two_pictures_of_1024(width: int, height: 
     assert [index for batch in batches for index in batch] == list(range(pictures))
 
 
-# PNDM's four Runge-Kutta steps call the UNet more than once each.
+# PNDM calls the UNet once more than it has steps, Heun once less than twice.
 @pytest.mark.parametrize(
-    ("scheduler", "total"), [("K_EULER_ANCESTRAL", 12), ("KLMS", 12), ("PNDM", 39), ("DPMSolverMultistep", 12)]
+    ("scheduler", "total"), [("K_EULER_ANCESTRAL", 12), ("KLMS", 12), ("PNDM", 15), ("Heun", 21), ("DPM++ SDE", 21)]
 )
 def test_pictures_of_several_batches_are_those_of_their_seeds(scheduler: str, total: int, pipeline, monkeypatch):
     monkeypatch.setattr(render_module, "MAX_BATCH_PIXELS", 64 * 96)

@@ -9,9 +9,10 @@ import pytest
 
 from sdxl_worker import topology
 from sdxl_worker.generate import samplers
+from sdxl_worker.request import GenerationRequest
 from sdxl_worker.schedulers import SCHEDULERS, Scheduler, scheduler_names
 
-# The names of worker-sdxl with the classes its handler gives them, and the names that A1111 shows.
+# The classes, of the first seven as worker-sdxl's handler gives them, and the names that A1111 shows.
 EXPECTED = {
     "PNDM": (diffusers.PNDMScheduler, "PLMS"),
     "KLMS": (diffusers.LMSDiscreteScheduler, "LMS"),
@@ -20,6 +21,18 @@ EXPECTED = {
     "K_EULER_ANCESTRAL": (diffusers.EulerAncestralDiscreteScheduler, "Euler a"),
     "DPMSolverMultistep": (diffusers.DPMSolverMultistepScheduler, "DPM++ 2M"),
     "DPMSolverSinglestep": (diffusers.DPMSolverSinglestepScheduler, "DPM++ 2S"),
+    "Heun": (diffusers.HeunDiscreteScheduler, "Heun"),
+    "DPM2": (diffusers.KDPM2DiscreteScheduler, "DPM2"),
+    "DPM2 a": (diffusers.KDPM2AncestralDiscreteScheduler, "DPM2 a"),
+    "DPM++ 2M SDE": (diffusers.DPMSolverMultistepScheduler, "DPM++ 2M SDE"),
+    "DPM++ 3M SDE": (diffusers.DPMSolverMultistepScheduler, "DPM++ 3M SDE"),
+    "DPM++ SDE": (diffusers.DPMSolverSDEScheduler, "DPM++ SDE"),
+    "DDPM": (diffusers.DDPMScheduler, "DDPM"),
+    "UniPC": (diffusers.UniPCMultistepScheduler, "UniPC"),
+    "DEIS": (diffusers.DEISMultistepScheduler, "DEIS"),
+    "SA-Solver": (diffusers.SASolverScheduler, "SA-Solver"),
+    "LCM": (diffusers.LCMScheduler, "LCM"),
+    "TCD": (diffusers.TCDScheduler, "TCD"),
 }
 
 
@@ -47,10 +60,10 @@ def test_options_reach_the_scheduler_even_where_the_config_lists_them_as_default
 def test_the_resident_scheduler_is_put_back_whatever_happens(pipeline):
     resident = pipeline.scheduler
     for failure in (RuntimeError, KeyboardInterrupt):
-        with contextlib.suppress(failure), samplers.applied(pipeline, "DDIM"):
+        with contextlib.suppress(failure), samplers.applied(pipeline, GenerationRequest("a", scheduler="DDIM")):
             assert type(pipeline.scheduler) is diffusers.DDIMScheduler
             raise failure
         assert pipeline.scheduler is resident
-    with pytest.raises(KeyError), samplers.applied(pipeline, "nothing"):
+    with pytest.raises(KeyError), samplers.applied(pipeline, GenerationRequest("a", scheduler="nothing")):
         pass
     assert pipeline.scheduler is resident

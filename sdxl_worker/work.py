@@ -1,0 +1,49 @@
+"""How much drawing a request asks for, counted in calls of the UNet and the pixels of each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sdxl_worker.schedulers import SCHEDULERS
+
+# The fields that it depends on.
+FIELDS = frozenset({"width", "height", "num_images", "num_inference_steps", "scheduler", "strength"})
+# Two pictures of 1024 x 1024 with 128 calls, or one of 2048 x 2048 with 64: a few minutes on a small GPU.
+MAX_PIXEL_CALLS = 2**28
+
+
+@dataclass(frozen=True)
+class PassWork:
+    """One run through the steps for each picture: its size in pixels, and the calls of the UNet."""
+
+    width: int
+    height: int
+    calls: int
+
+
+def passes(values: Mapping[str, Any], *, to_image: bool) -> list[PassWork]:
+    """What draws one picture of the request whose fields are `values`, by the tables' own names.
+
+    `to_image` = it starts from a picture, which leaves out the first steps.
+    """
+    steps, strength = values["num_inference_steps"], values["strength"]
+    skipped = steps - min(int(steps * strength), steps) if to_image else 0
+    if skipped == steps:
+        return []
+    calls = SCHEDULERS[values["scheduler"]].calls(steps, skipped)
+    return [PassWork(values["width"], values["height"], calls)]
+
+
+def problems(values: Mapping[str, Any], *, to_image: bool) -> list[str]:
+    """A sentence when the request asks for too much."""
+    each = passes(values, to_image=to_image)
+    work = values["num_images"] * sum(step.width * step.height * step.calls for step in each)
+    if work <= MAX_PIXEL_CALLS:
+        return []
+    calls = " + ".join(f"{step.width} x {step.height} x {step.calls}" for step in each)
+    return [
+        f"width x height x calls of the UNet x num_images is ({calls}) x {values['num_images']} = {work} "
+        f"and must be at most {MAX_PIXEL_CALLS}"
+    ]
