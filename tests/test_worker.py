@@ -108,6 +108,20 @@ def test_a_lora_that_predicts_v_is_named_where_the_base_model_predicts_epsilon(w
     assert "warnings" not in worker.run(request)
 
 
+def test_a_sampler_is_held_against_what_the_base_model_predicts(worker, monkeypatch):
+    zero_snr = EulerDiscreteScheduler.from_config(
+        worker.pipeline.scheduler.config, prediction_type="v_prediction", rescale_betas_zero_snr=True
+    )
+    assert "warnings" not in worker.run(job(scheduler="LMS"))
+    monkeypatch.setattr(worker.pipeline, "scheduler", zero_snr)
+    assert "warnings" not in worker.run(job(scheduler="Euler"))
+    assert "leaves out the zero terminal SNR" in worker.run(job(scheduler="LMS"))["warnings"][0]
+    error = worker.run(job(scheduler="DPM++ 2M Karras", num_inference_steps=28))["error"]
+    assert error.startswith(
+        "INVALID_INPUT: with this base model (zero terminal SNR) scheduler DPMSolverMultistep takes"
+    )
+
+
 def test_scale_0_costs_nothing_and_is_not_listed(worker, monkeypatch):
     plain = worker.run(job())
     monkeypatch.setattr(worker, "engine_of", lambda _: pytest.fail("the LoRA engine was asked for"))

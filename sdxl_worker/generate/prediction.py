@@ -6,14 +6,24 @@ Zero terminal SNR and why it takes trailing timesteps: https://arxiv.org/abs/230
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from sdxl_worker.errors import InvalidRequest
 from sdxl_worker.prediction_marks import EPSILON, V_PREDICTION, Prediction
+from sdxl_worker.schedulers import AUTOMATIC, SCHEDULERS
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
     from sdxl_worker.lora.ready import ReadyLora
+    from sdxl_worker.request import GenerationRequest
+
+# From zero terminal SNR on the noise levels reach from 4096 to 0.03, and these schedules go most of their steps where
+# there is nothing to see yet. Of several levels diffusers then makes one timestep: the multistep samplers run out of
+# steps and raise; Euler has fractions of timesteps, and draws, but with Beta a blur.
+_OVER_LEVELS = ("karras", "exponential", "beta")
+_WRONG_FROM_ZERO_SNR: Mapping[str, tuple[str, ...]] = MappingProxyType({"EulerDiscreteScheduler": ("beta",)})
 
 
 def wanted_prediction(setting: str, said: Prediction) -> Prediction | None:
@@ -37,6 +47,37 @@ def predicting(scheduler: SchedulerMixin, prediction: Prediction) -> SchedulerMi
         options["timestep_spacing"] = "trailing"
     made: SchedulerMixin = diffusers.EulerDiscreteScheduler.from_config(dict(scheduler.config), **options)
     return made
+
+
+def notes_on_sampler(config: Mapping[str, Any], request: GenerationRequest) -> list[str]:
+    """What to tell the caller of how the request's sampler fits `config`, that of the resident scheduler.
+
+    Raises InvalidRequest where the picture would be wrong: a prediction type that the sampler does not know, and
+    schedules over noise levels from zero terminal SNR on.
+    """
+    scheduler = SCHEDULERS[request.scheduler]
+    if config["prediction_type"] not in scheduler.prediction_types:
+        fitting = [name for name, other in SCHEDULERS.items() if config["prediction_type"] in other.prediction_types]
+        raise InvalidRequest(
+            f"scheduler {scheduler.name} does not draw with this base model, which predicts "
+            f"{config['prediction_type']}: take {', '.join(fitting)}"
+        )
+    if not config.get("rescale_betas_zero_snr"):
+        return []
+    if not scheduler.zero_snr:
+        fitting = [name for name, other in SCHEDULERS.items() if other.zero_snr]
+        return [
+            f"scheduler {scheduler.name} leaves out the zero terminal SNR that this base model was trained with, so "
+            f"that brightness and colours are a little off; these have it: {', '.join(fitting)}"
+        ]
+    wrong = _WRONG_FROM_ZERO_SNR.get(scheduler.class_name, _OVER_LEVELS)
+    if request.schedule_type in wrong:
+        fitting = [AUTOMATIC, *(name for name in scheduler.schedules if name not in wrong)]
+        raise InvalidRequest(
+            f"with this base model (zero terminal SNR) scheduler {scheduler.name} takes schedule_type "
+            f"{', '.join(fitting)}, not {request.schedule_type}"
+        )
+    return []
 
 
 def notes_on_loras(config: Mapping[str, Any], loras: Sequence[ReadyLora]) -> list[str]:

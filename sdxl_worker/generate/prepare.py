@@ -76,6 +76,7 @@ def prepare(
     embeddings = _embeddings(request, pipeline, assets, loras, run)
     notes = [
         *prompts.examined(pipeline, request, embeddings),
+        *prediction.notes_on_sampler(pipeline.scheduler.config, request),
         *prediction.notes_on_loras(pipeline.scheduler.config, loras),
     ]
     used = embeddings.used_by(request, prompts.tokenizers_of(pipeline))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +13,12 @@ import diffusers
 import pytest
 import torch
 
-from sdxl_worker.errors import ModelUnavailable
+from sdxl_worker.errors import InvalidRequest, ModelUnavailable
 from sdxl_worker.generate.load import load_pipeline
+from sdxl_worker.generate.prediction import notes_on_sampler
 from sdxl_worker.generate.render import render
 from sdxl_worker.request import GenerationRequest
+from sdxl_worker.schedulers import SCHEDULERS, scheduler_names
 from sdxl_worker.settings import Settings
 from tests.support.pictures import farthest
 from tests.support.single_file import save_configs, save_single_file
@@ -55,20 +60,22 @@ def by_hand(pipeline: Any, scheduler: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("name", "scheduler_class"),
+    ("name", "scheduler_class", "options"),
     [
-        ("K_EULER", "EulerDiscreteScheduler"),
-        ("K_EULER_ANCESTRAL", "EulerAncestralDiscreteScheduler"),
-        ("DPMSolverMultistep", "DPMSolverMultistepScheduler"),
+        ("K_EULER", "EulerDiscreteScheduler", {}),
+        ("K_EULER_ANCESTRAL", "EulerAncestralDiscreteScheduler", {}),
+        ("DDIM", "DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
+        ("DPMSolverMultistep", "DPMSolverMultistepScheduler", {}),
+        ("UniPC", "UniPCMultistepScheduler", {}),
     ],
 )
-def test_a_file_with_the_marks_renders_as_diffusers_configured_by_hand(name, scheduler_class, load, pipeline):
+def test_a_file_with_the_marks_renders_as_diffusers_configured_by_hand(name, scheduler_class, options, load, pipeline):
     loaded = load(("v_pred", "ztsnr"))
     scheduler = getattr(diffusers, scheduler_class)
     picture = render(loaded, replace(REQUEST, scheduler=name))[0]
     # The weights lie elsewhere in memory: CPU kernels may round the last bit differently.
-    assert farthest(picture, by_hand(pipeline, scheduler(**BETAS, **V_ZERO_SNR))) <= 1
-    assert farthest(picture, by_hand(pipeline, scheduler(**BETAS, **EPSILON))) > 1
+    assert farthest(picture, by_hand(pipeline, scheduler(**BETAS, **V_ZERO_SNR, **options))) <= 1
+    assert farthest(picture, by_hand(pipeline, scheduler(**BETAS, **EPSILON, **options))) > 1
 
 
 @pytest.mark.parametrize(
@@ -118,3 +125,58 @@ def test_an_edm_model_is_refused_unless_the_setting_says_what_it_predicts(load):
     with pytest.raises(ModelUnavailable, match=r"EDM model \(the tensor edm_vpred\.sigma_max\)"):
         load(("edm_vpred.sigma_max", "v_pred"))
     assert load(("edm_vpred.sigma_max",), prediction_type="epsilon").scheduler.config.prediction_type == "epsilon"
+
+
+@pytest.fixture
+def predicts_v(pipeline, monkeypatch):
+    """The session's tiny SDXL, as if its checkpoint predicted v with zero terminal SNR."""
+    monkeypatch.setattr(pipeline, "scheduler", diffusers.EulerDiscreteScheduler(**BETAS, **V_ZERO_SNR))
+    return pipeline
+
+
+@pytest.mark.parametrize("name", scheduler_names())
+def test_every_sampler_draws_and_those_that_leave_zero_snr_out_are_named(name: str, predicts_v):
+    request = replace(REQUEST, scheduler=name)
+    # Raises where a value is not finite.
+    assert len(render(predicts_v, request)) == 1
+    parameters = inspect.signature(getattr(diffusers, SCHEDULERS[name].class_name)).parameters
+    notes = notes_on_sampler(predicts_v.scheduler.config, request)
+    if "rescale_betas_zero_snr" in parameters:
+        assert notes == []
+    else:
+        (note,) = notes
+        assert note.startswith(f"scheduler {name} leaves out the zero terminal SNR")
+        assert "K_EULER, K_EULER_ANCESTRAL, DPMSolverMultistep" in note
+        assert f", {name}" not in note
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule", "takes"),
+    [
+        ("K_EULER", "beta", "automatic, karras, exponential, sgm_uniform, simple, normal, ddim_uniform"),
+        ("DPMSolverMultistep", "karras", "automatic, sgm_uniform, simple, normal, ddim_uniform"),
+        ("DPM++ 2M SDE", "exponential", "automatic, sgm_uniform, simple, normal, ddim_uniform"),
+        ("UniPC", "beta", "automatic, sgm_uniform, simple, normal, ddim_uniform"),
+    ],
+)
+def test_a_schedule_that_fails_from_zero_snr_on_is_refused_with_those_that_do_not(name, schedule, takes, predicts_v):
+    request = replace(REQUEST, scheduler=name, schedule_type=schedule, num_inference_steps=28)
+    with pytest.raises(InvalidRequest, match=rf"{re.escape(name)} takes schedule_type {takes}, not {schedule}$"):
+        notes_on_sampler(predicts_v.scheduler.config, request)
+    assert notes_on_sampler({"prediction_type": "epsilon"}, request) == []
+    assert notes_on_sampler({"prediction_type": "v_prediction"}, request) == []
+
+
+def test_every_schedule_that_is_taken_draws(predicts_v):
+    config = predicts_v.scheduler.config
+    for name in ("K_EULER", "DPMSolverMultistep", "UniPC"):
+        for schedule in SCHEDULERS[name].schedules:
+            request = replace(REQUEST, scheduler=name, schedule_type=schedule, num_inference_steps=20)
+            with contextlib.suppress(InvalidRequest):
+                notes_on_sampler(config, request)
+                assert len(render(predicts_v, request)) == 1
+
+
+def test_a_sampler_that_does_not_know_what_the_model_predicts_is_refused():
+    with pytest.raises(InvalidRequest, match=r"predicts sample: take .*K_EULER, "):
+        notes_on_sampler({"prediction_type": "sample"}, replace(REQUEST, scheduler="PNDM"))
