@@ -46,6 +46,8 @@ def load_pipeline(settings: Settings) -> tuple[StableDiffusionXLPipeline, BaseMo
         zero_snr = " with zero terminal SNR" if prediction.zero_snr else ""
         logger.info("the base model predicts %s%s, says %s", prediction.kind, zero_snr, prediction.source)
         pipeline.scheduler = predicting(pipeline.scheduler, prediction)
+    elif "EDM" in type(pipeline.scheduler).__name__:
+        raise _is_edm(model, f"its scheduler is {type(pipeline.scheduler).__name__}")
     for module in pipeline.components.values():
         if isinstance(module, torch.nn.Module):
             # Once and for all: diffusers' eval() leaves it on, and some CPU kernels round differently with it.
@@ -69,14 +71,16 @@ def _said_prediction(model: BaseModel, settings: Settings) -> Prediction:
     if facts.model == SDXL and facts.in_channels not in _IN_CHANNELS:
         raise _cannot_be_loaded(model, f"its UNet takes {facts.in_channels} channels, not 4 or 9; set MODEL_ID")
     if facts.prediction.kind == EDM and not settings.prediction_type:
-        raise _cannot_be_loaded(
-            model, f"it is an EDM model ({facts.prediction.source}), whose samplers are not here; set MODEL_ID"
-        )
+        raise _is_edm(model, facts.prediction.source)
     return facts.prediction
 
 
 def _cannot_be_loaded(model: BaseModel, reason: str) -> ModelUnavailable:
     return ModelUnavailable(f"the base model {model.name} cannot be loaded: {reason}")
+
+
+def _is_edm(model: BaseModel, source: str) -> ModelUnavailable:
+    return _cannot_be_loaded(model, f"it is an EDM model ({source}), whose samplers are not here; set MODEL_ID")
 
 
 def _write_example_lora(settings: Settings) -> None:

@@ -127,6 +127,13 @@ def test_an_edm_model_is_refused_unless_the_setting_says_what_it_predicts(load):
     assert load(("edm_vpred.sigma_max",), prediction_type="epsilon").scheduler.config.prediction_type == "epsilon"
 
 
+def test_an_edm_model_in_a_folder_is_refused(pipeline, tmp_path: Path):
+    stock = diffusers.StableDiffusionXLPipeline(**{**pipeline.components, "scheduler": diffusers.EDMEulerScheduler()})
+    stock.save_pretrained(tmp_path / "model")
+    with pytest.raises(ModelUnavailable, match=r"EDM model \(its scheduler is EDMEulerScheduler\)"):
+        load_pipeline(Settings(model_id=str(tmp_path / "model"), lora_cache_dir=tmp_path / "loras"))
+
+
 @pytest.fixture
 def predicts_v(pipeline, monkeypatch):
     """The session's tiny SDXL, as if its checkpoint predicted v with zero terminal SNR."""
