@@ -68,7 +68,7 @@ def encoding(repeats: int, side: int, steps: int, device: str) -> dict[str, dict
 
         def encode(request: GenerationRequest = request) -> None:
             with torch.no_grad(), prompts.applied(pipeline, request) as conditioning:
-                arguments = conditioning.arguments(1)
+                arguments = conditioning.arguments([0])
                 if "prompt" in arguments:
                     pipeline.encode_prompt(**arguments, device=torch.device(device))
 

@@ -92,6 +92,20 @@ def picture() -> Check:
     return Check(str, problem)
 
 
+def several(check: Check, limit: int) -> Check:
+    """A list of 1 to `limit` values that are each good."""
+
+    def problem(value: Any) -> str | None:
+        if not isinstance(value, list):
+            return f"must be a list, not {shown(value)}"
+        if not 1 <= len(value) <= limit:
+            return f"must hold 1 to {limit} entries, not {len(value)}"
+        wrong = ((index, check(entry)) for index, entry in enumerate(value))
+        return next((f"entry {index} {what}" for index, what in wrong if what), None)
+
+    return Check(list, problem)
+
+
 def choice(names: tuple[str, ...]) -> Check:
     """One of the given strings."""
 

@@ -1,6 +1,9 @@
-"""How torch says that there is not enough memory."""
+"""How torch says that there is not enough memory, and how to have some again."""
 
 from __future__ import annotations
+
+import gc
+import traceback
 
 # How CUDA, its libraries and the CPU's allocator word it where they do not raise torch.OutOfMemoryError.
 _WORDS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "can't allocate memory")
@@ -13,3 +16,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(word in str(error) for word in _WORDS)
+
+
+def free_memory(error: Exception) -> None:
+    """Let go of what the frames of `error` and of what led to it hold, on the host and on the device."""
+    import torch
+
+    link: BaseException | None = error
+    while link is not None:
+        traceback.clear_frames(link.__traceback__)
+        link = link.__cause__ or link.__context__
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

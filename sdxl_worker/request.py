@@ -7,7 +7,19 @@ from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
-from sdxl_worker.checks import MAX_URL_CHARACTERS, Check, choice, number, or_null, picture, spelled, switch, text, whole
+from sdxl_worker.checks import (
+    MAX_URL_CHARACTERS,
+    Check,
+    choice,
+    number,
+    or_null,
+    picture,
+    several,
+    spelled,
+    switch,
+    text,
+    whole,
+)
 from sdxl_worker.sampler_names import find_schedule, find_scheduler
 from sdxl_worker.schedulers import AUTOMATIC, schedule_names, scheduler_names
 from sdxl_worker.settings import PROMPT_SYNTAXES
@@ -17,7 +29,7 @@ MAX_PROMPT_CHARACTERS = 10_000
 MIN_SIDE, MAX_SIDE, SIDE_STEP = 64, 2048, 8
 MAX_STEPS = 200
 MAX_GUIDANCE = 100.0
-MAX_IMAGES = 4
+MAX_IMAGES = 8
 MAX_SEED = 2**64 - 1
 MAX_LORAS = 32
 MAX_EMBEDDINGS = 64
@@ -147,6 +159,14 @@ def _none_if_empty(value: str | None) -> str | None:
     return value or None
 
 
+def _prompts(value: list[str] | None) -> tuple[str, ...]:
+    return tuple(value or ())
+
+
+def _seeds(value: list[int] | None) -> tuple[int, ...]:
+    return tuple(_seed(seed) for seed in value or ())
+
+
 def _seed(value: int | None) -> int:
     return secrets.randbits(RANDOM_SEED_BITS) if value in (None, -1) else value
 
@@ -155,15 +175,17 @@ def _seed(value: int | None) -> int:
 class GenerationRequest:
     """A validated job: the one list of the input's fields, in the order of the documentation.
 
-    Sizes are in pixels. A negative_prompt of None gives another picture than "". `seed` is never negative.
+    Sizes are in pixels. A negative_prompt of None gives another picture than "". `prompts` and `seeds` are one for each
+    picture: the former stand in place of `prompt`, and the first of the latter is `seed`. No seed is negative.
     `scheduler` and `schedule_type` are the names of the tables in schedulers.py. `strength` is used with a picture
     only. `image` means the same as `image_url`. `loras` and `embeddings` are the usable entries; `..._requested` says
     that the request had some, usable or not; `given` names the input's fields that it did not leave out or null.
     Values made directly are not checked.
     """
 
-    prompt: str = _input(text(MAX_PROMPT_CHARACTERS))
+    prompt: str = _input(or_null(text(MAX_PROMPT_CHARACTERS)), None, lambda value: value or "")
     negative_prompt: str | None = _input(or_null(text(MAX_PROMPT_CHARACTERS)), None)
+    prompts: tuple[str, ...] = _input(or_null(several(text(MAX_PROMPT_CHARACTERS), MAX_IMAGES)), None, _prompts)
     prompt_syntax: str | None = _input(or_null(choice(PROMPT_SYNTAXES)), None)
     prompt_emphasis: str = _input(choice(EMPHASIS_RULES), "original")
     clip_skip: int = _input(whole(1, MAX_CLIP_SKIP), DEFAULT_CLIP_SKIP)
@@ -171,6 +193,7 @@ class GenerationRequest:
     height: int = _input(whole(MIN_SIDE, MAX_SIDE, SIDE_STEP), 1024)
     width: int = _input(whole(MIN_SIDE, MAX_SIDE, SIDE_STEP), 1024)
     seed: int = _input(or_null(whole(-1, MAX_SEED)), None, _seed)
+    seeds: tuple[int, ...] = _input(or_null(several(whole(-1, MAX_SEED), MAX_IMAGES)), None, _seeds)
     scheduler: str = _input(spelled(scheduler_names(), find_scheduler), "K_EULER_ANCESTRAL")
     schedule_type: str = _input(spelled(schedule_names(), find_schedule), AUTOMATIC)
     num_inference_steps: int = _input(whole(1, MAX_STEPS), 28)
@@ -191,6 +214,10 @@ class GenerationRequest:
     given: frozenset[str] = frozenset()
     warnings: tuple[str, ...] = ()
 
+    def prompt_of(self, index: int) -> str:
+        """The prompt of picture `index`."""
+        return self.prompts[index] if self.prompts else self.prompt
+
     @property
     def pictures(self) -> dict[str, tuple[str, str]]:
         """The pictures that the request brings, by the names of PICTURE_FIELDS: the field and what it holds."""
@@ -205,6 +232,9 @@ class GenerationRequest:
 
 # The pictures that a request may bring, each by the name that the worker has for it, with the fields that may hold it.
 PICTURE_FIELDS: dict[str, tuple[str, ...]] = {"image_url": ("image_url", "image")}
+
+# The fields with an entry for each picture.
+PER_PICTURE = ("prompts", "seeds")
 
 # The input's fields by name.
 FIELDS: dict[str, InputField] = {

@@ -11,7 +11,7 @@ from sdxl_worker.data_uris import is_data_uri
 from sdxl_worker.embedding_entries import parse_embedding_entries
 from sdxl_worker.errors import InvalidRequest
 from sdxl_worker.lora_entries import parse_lora_entries
-from sdxl_worker.request import FIELDS, PICTURE_FIELDS, GenerationRequest
+from sdxl_worker.request import FIELDS, PER_PICTURE, PICTURE_FIELDS, GenerationRequest
 from sdxl_worker.sampling import resolve, sampling_problems
 from sdxl_worker.text import shown
 
@@ -36,15 +36,19 @@ def validate_request(raw: Any) -> GenerationRequest:
         raise InvalidRequest(f"input holds more than {MAX_INPUT_CHARACTERS} characters")
     problems = _field_problems(raw)
     values = {**{name: field.default for name, field in FIELDS.items()}, **raw}
+    values["num_images"] = raw.get("num_images", _number_of_pictures(values, problems))
     given = frozenset(name for name, value in raw.items() if value is not None)
     sampling = resolve(values, given, problems)
     values = sampling.values
-    sentences = [*problems.values(), *sampling.problems, *combined_problems(values, problems)]
+    combined = [*combined_problems(values, problems), *_per_picture_problems(values, problems)]
+    sentences = [*problems.values(), *sampling.problems, *combined]
     if sentences:
         raise InvalidRequest("; ".join(sentences[:MAX_PROBLEMS]))
     specs, lora_warnings = parse_lora_entries(values["loras"] or ())
     embeddings, embedding_warnings = parse_embedding_entries(values["embeddings"] or ())
     read = {name: field.read(values[name]) for name, field in FIELDS.items()}
+    if read["seeds"]:
+        read["seed"] = read["seeds"][0]
     return GenerationRequest(
         **{**read, "loras": specs, "embeddings": embeddings},
         loras_requested=bool(values["loras"]),
@@ -99,6 +103,30 @@ def combined_problems(values: Mapping[str, Any], bad: Collection[str] = ()) -> l
         problems.append(f"num_inference_steps x strength must be at least 1 with {image[0]}")
     both = [of for name in PICTURE_FIELDS if len(of := _given_of(values, name)) > 1]
     return problems + [f"{' and '.join(names)} mean the same: give one of them" for names in both]
+
+
+def _number_of_pictures(values: Mapping[str, Any], bad: Collection[str]) -> int:
+    """How many a request draws that does not say so: as many as it has prompts or seeds, else one."""
+    return max((len(values[name]) for name in PER_PICTURE if values[name] and name not in bad), default=1)
+
+
+def _per_picture_problems(values: Mapping[str, Any], bad: Collection[str]) -> list[str]:
+    """What is wrong with the lists that have an entry for each picture."""
+    problems = []
+    if not {"prompt", "prompts"} & set(bad):
+        if values["prompt"] is None and not values["prompts"]:
+            problems.append("prompt is required")
+        if values["prompt"] and values["prompts"]:
+            problems.append("prompt and prompts are both given: prompts is one for each picture, prompt one for all")
+    if not {"seed", "seeds"} & set(bad) and values["seed"] not in (None, -1) and values["seeds"]:
+        problems.append("seed and seeds are both given: seeds is one for each picture, seed the first one's")
+    lengths = {name: len(values[name]) for name in PER_PICTURE if values[name] and name not in bad}
+    if lengths and "num_images" not in bad:
+        lengths["num_images"] = values["num_images"]
+    if len(set(lengths.values())) > 1:
+        said = ", ".join(f"{name} {'is' if name == 'num_images' else 'holds'} {lengths[name]}" for name in lengths)
+        problems.append(f"{said}: each picture has one of each")
+    return problems
 
 
 def _given_of(values: Mapping[str, Any], picture: str) -> list[str]:

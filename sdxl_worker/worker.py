@@ -26,11 +26,12 @@ from sdxl_worker.logs import current_job
 from sdxl_worker.lora.engine import AppliedLora, LoraEngine, ParsedLora
 from sdxl_worker.lora.ready import make_ready
 from sdxl_worker.lora_entries import parse_lora_entries
+from sdxl_worker.memory import free_memory
 from sdxl_worker.prompts.lora_tags import with_lora_tags
 from sdxl_worker.request import GenerationRequest, LoraScale
 from sdxl_worker.serving.answers import answer_limit, check_size, json_size, sendable
 from sdxl_worker.serving.delivery import deliver
-from sdxl_worker.serving.faults import Health, as_worker_error, free_memory
+from sdxl_worker.serving.faults import Health, as_worker_error
 from sdxl_worker.serving.fitness import checks, startup_line
 from sdxl_worker.serving.mode import Mode
 from sdxl_worker.serving.progress import BarProgress, RunPodProgress, preview_jpeg

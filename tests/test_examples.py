@@ -62,7 +62,8 @@ def test_an_example_renders(path: Path, pipeline, engine, server: FileServer, tm
         fields["image_url"] = f"{server.origin}/start.png"
     for lora in fields.get("loras", []):
         lora["path"] = EXAMPLE_LORA
-    fields["prompt"] = re.sub(r"<lora:\S+?((?::[\d.]+)*)>", rf"<lora:{EXAMPLE_LORA}\1>", fields["prompt"])
+    if "prompt" in fields:
+        fields["prompt"] = re.sub(r"<lora:\S+?((?::[\d.]+)*)>", rf"<lora:{EXAMPLE_LORA}\1>", fields["prompt"])
     for embedding in fields.get("embeddings", []):
         embedding["path"] = save_embedding(tmp_path / "embedding.safetensors", vectors(pipeline, 2)).name
     worker = Worker(Settings(model_id="tiny", lora_cache_dir=tmp_path))
@@ -70,9 +71,11 @@ def test_an_example_renders(path: Path, pipeline, engine, server: FileServer, tm
     worker._pipeline = pipeline
     monkeypatch.setattr(worker, "engine_of", lambda _: engine)
     answer = worker.run({"id": "example", "input": fields})
-    assert len(answer.get("images", [])) == fields.get("num_images", 1), answer
-    assert answer["seed"] == fields["seed"]
-    assert len(answer.get("loras", [])) == len(fields.get("loras", [])) + fields["prompt"].count("<lora:")
+    lists = [len(fields[name]) for name in ("seeds", "prompts") if name in fields]
+    assert len(answer.get("images", [])) == fields.get("num_images", max(lists, default=1)), answer
+    seeds = fields.get("seeds") or [fields["seed"] + index for index in range(len(answer["images"]))]
+    assert (answer["seed"], answer.get("seeds", seeds)) == (seeds[0], seeds)
+    assert len(answer.get("loras", [])) == len(fields.get("loras", [])) + fields.get("prompt", "").count("<lora:")
     assert len(answer.get("used_embeddings", [])) == len(fields.get("embeddings", []))
     assert "warnings" not in answer
 
@@ -80,6 +83,6 @@ def test_an_example_renders(path: Path, pipeline, engine, server: FileServer, tm
 def test_the_readme_leads_to_the_examples() -> None:
     assert [
         name
-        for name in ("lora", "image_to_image", "worker_sdxl", "embedding", "lora_tags")
+        for name in ("lora", "image_to_image", "worker_sdxl", "embedding", "lora_tags", "seeds", "prompts")
         if f"examples/{name}.json" not in README
     ] == []

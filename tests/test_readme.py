@@ -204,6 +204,9 @@ def boundaries(span: str) -> list[tuple[Any, Any]]:
         return [("x" * int(match[1]), "x" * (int(match[1]) + 1))]
     if match := re.fullmatch(r"at most (\d+) entries", span):
         return [(["a"] * int(match[1]), ["a"] * (int(match[1]) + 1))]
+    if match := re.fullmatch(r"1 to (\d+) entries like `(\w+)`", span):
+        good, bad = {"prompt": ("x", 3), "seed": (7, -2)}[match[2]]
+        return [([good], []), ([good] * int(match[1]), [good] * (int(match[1]) + 1)), ([good], [bad])]
     if match := re.fullmatch(r"(above )?(-?\d+) to (\d+)(?:, multiple of (\d+))?", span):
         low, high, step = int(match[2]), int(match[3]), int(match[4] or 1)
         first = (low + 0.01, low) if match[1] else (low, low - step)

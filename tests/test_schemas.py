@@ -59,7 +59,7 @@ def test_every_field_arrives_as_it_was_asked_for():
         "preview": True,
     }
     # Another name of image_url has a test of its own.
-    assert set(FIELDS) == {*asked, "loras", "embeddings", "image"}
+    assert set(FIELDS) == {*asked, "prompts", "seeds", "loras", "embeddings", "image"}
     arrived = asdict(validate_request(asked))
     assert {name: arrived[name] for name in asked} == asked
 
@@ -92,14 +92,15 @@ def test_row_2_unknown_fields_are_named():
     problem(**{f"field{index}": 1 for index in range(10_000)})
 
 
-@pytest.mark.parametrize("prompt", [None, ["a"], 7, {}, "x" * 10_001])
+@pytest.mark.parametrize("prompt", [["a"], 7, {}, "x" * 10_001])
 def test_row_3_prompt(prompt):
     assert problem(prompt=prompt).startswith("prompt must")
 
 
-def test_row_3_prompt_is_required():
-    with pytest.raises(InvalidRequest, match="prompt is required"):
-        validate_request({"width": 1024})
+@pytest.mark.parametrize("fields", [{}, {"prompt": None}, {"prompts": None}])
+def test_row_3_prompt_is_required(fields):
+    with pytest.raises(InvalidRequest, match=r"^prompt is required$"):
+        validate_request({"width": 1024, **fields})
 
 
 @pytest.mark.parametrize("field", ["prompt", "negative_prompt", "scheduler", "image_url", "output_format"])
@@ -141,9 +142,69 @@ def test_an_integer_guidance_becomes_a_float():
     assert isinstance(validate_request({**GOOD, "guidance_scale": 7}).guidance_scale, float)
 
 
-@pytest.mark.parametrize("count", [0, 5, "1", True])
+@pytest.mark.parametrize("count", [0, 9, "1", True, None])
 def test_row_7_num_images(count):
-    assert "num_images must be a whole number from 1 to 4" in problem(num_images=count)
+    assert "num_images must be a whole number from 1 to 8" in problem(num_images=count)
+
+
+@pytest.mark.parametrize(
+    ("fields", "number", "seed"),
+    [
+        ({"seeds": [7, 0, 2**64 - 1]}, 3, 7),
+        ({"seeds": [7], "num_images": 1, "seed": None}, 1, 7),
+        ({"seeds": [7, 8], "num_images": 2, "seed": -1}, 2, 7),
+        ({"prompt": "", "prompts": ["a", "", "c"], "seed": 5}, 3, 5),
+        ({"prompt": None, "prompts": ["a", "b"], "seeds": [9, 9]}, 2, 9),
+    ],
+)
+def test_lists_with_an_entry_for_each_picture(fields, number, seed):
+    request = validate_request({**GOOD, **fields})
+    assert (request.num_images, request.seed) == (number, seed)
+    assert request.seeds == tuple(fields.get("seeds", ()))
+    assert [request.prompt_of(index) for index in range(number)] == fields.get("prompts", ["a lighthouse"] * number)
+
+
+def test_minus_one_in_seeds_is_a_random_one():
+    request = validate_request({**GOOD, "seeds": [-1, 3, -1]})
+    assert request.seed == request.seeds[0]
+    assert request.seeds[1] == 3
+    assert all(0 <= seed < 2**32 for seed in request.seeds)
+    assert len(set(request.seeds)) == 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"seeds": []}, "seeds must hold 1 to 8 entries, not 0"),
+        ({"seeds": [1] * 9}, "seeds must hold 1 to 8 entries, not 9"),
+        ({"seeds": 5}, "seeds must be a list, not 5"),
+        ({"seeds": [1, None]}, "seeds entry 1 must be a whole number from -1 to 18446744073709551615, not null"),
+        ({"seeds": [2**64]}, "seeds entry 0 must be a whole number from -1 to 18446744073709551615"),
+        ({"prompts": [], "prompt": None}, "prompts must hold 1 to 8 entries, not 0"),
+        ({"prompts": ["a", 3], "prompt": None}, "prompts entry 1 must be a string, not 3"),
+        ({"prompts": ["x" * 10_001], "prompt": None}, "prompts entry 0 must have at most 10000 characters"),
+        ({"prompts": ["a\0"], "prompt": None}, "prompts entry 0 holds a NUL"),
+        ({"prompts": ["a"]}, "prompt and prompts are both given: prompts is one for each picture, prompt one for all"),
+        ({"seeds": [1, 2], "seed": 1}, "seed and seeds are both given: seeds is one for each picture"),
+        ({"seeds": [1, 2], "num_images": 3}, "seeds holds 2, num_images is 3: each picture has one of each"),
+        ({"seeds": [1, 2], "num_images": 1}, "seeds holds 2, num_images is 1: each picture has one of each"),
+        (
+            {"prompts": ["a"] * 3, "prompt": None, "seeds": [1, 2]},
+            "prompts holds 3, seeds holds 2, num_images is 3: each picture has one of each",
+        ),
+    ],
+)
+def test_lists_that_do_not_fit_are_refused_in_a_sentence(fields, said):
+    message = problem(**fields)
+    assert message.startswith(said)
+    assert "required" not in message
+
+
+def test_the_limit_on_work_counts_every_picture_of_a_list():
+    big = {"width": 1024, "height": 1024, "num_inference_steps": 50}
+    assert validate_request({**GOOD, **big, "seeds": [1] * 5}).num_images == 5
+    assert "must be at most 268435456" in problem(**big, seeds=[1] * 6)
+    assert "must be at most 268435456" in problem(**big, prompt=None, prompts=["a"] * 6)
 
 
 @pytest.mark.parametrize("seed", [-2, 2**64, 1.5, "1", True])
@@ -321,13 +382,13 @@ def test_output_fields(field, bad):
 
 def test_the_sdk_s_validator_reads_the_schema():
     nulls = {name: None for name, field in FIELDS.items() if field.check(None) is None}
-    result = validate({**GOOD, **nulls, "guidance_scale": 7}, INPUT_SCHEMA)
+    result = validate({**nulls, **GOOD, "guidance_scale": 7}, INPUT_SCHEMA)
     assert result["validated_input"] == {
         **{name: rules["default"] for name, rules in INPUT_SCHEMA.items() if not rules["required"]},
         **GOOD,
         "guidance_scale": 7.0,
     }
-    assert len(validate({"loras": ["a"] * 33, "image_url": "ftp://a", "other": 1}, INPUT_SCHEMA)["errors"]) == 5
+    assert len(validate({"loras": ["a"] * 33, "image_url": "ftp://a", "other": 1}, INPUT_SCHEMA)["errors"]) == 3
 
 
 def test_the_whole_request_is_bounded():

@@ -29,7 +29,7 @@ from sdxl_worker.validation import validate_request
 from sdxl_worker.worker import Worker
 
 SMALL = {"prompt": "a lighthouse", "width": 64, "height": 64, "num_inference_steps": 2, "seed": 5}
-OUT_OF_MEMORY = "OUT_OF_MEMORY: the request does not fit the memory; ask for a smaller picture or for one image"
+OUT_OF_MEMORY = "OUT_OF_MEMORY: not even one picture of this size fits the memory; ask for a smaller one"
 WITH_LORA = {**SMALL, "loras": [{"path": "tiny-example", "scale": 0.8}]}
 
 

@@ -76,12 +76,16 @@ def _exif(text: str) -> dict[str, Any]:
 
 
 def save_locally(encoded: Sequence[EncodedImage], folder: Path, job_id: str) -> list[Path]:
-    """Write the pictures into `folder` (created if missing) as `<job id>_<seed><suffix>` and return their paths."""
+    """Write the pictures into `folder` (created if missing) as `<job id>_<seed><suffix>` and return their paths.
+
+    The second one of the same seed is called `<job id>_<seed>_2<suffix>`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     stem = re.sub(r"[^\w\-]+", "_", job_id)[:60] or "job"
-    paths = []
-    for image in encoded:
-        path = folder / f"{stem}_{image.seed}{image.suffix}"
+    paths: list[Path] = []
+    for index, image in enumerate(encoded):
+        number = sum(1 for earlier in encoded[: index + 1] if earlier.seed == image.seed)
+        path = folder / f"{stem}_{image.seed}{f'_{number}' if number > 1 else ''}{image.suffix}"
         path.write_bytes(image.data)
         paths.append(path)
     return paths

@@ -25,10 +25,14 @@ from sdxl_worker.schedulers import SCHEDULERS, SCHEDULES
 
 @dataclass(frozen=True)
 class Used:
-    """What a picture was made with beside the model."""
+    """What the pictures were made with beside the model; `embeddings` are those of each prompt."""
 
     loras: Sequence[UsedLora] = ()
-    embeddings: Sequence[Embedding] = ()
+    embeddings: Sequence[Sequence[Embedding]] = ()
+
+    def embeddings_of(self, index: int) -> Sequence[Embedding]:
+        """Those that the prompt of picture `index` or the negative prompt uses."""
+        return self.embeddings[min(index, len(self.embeddings) - 1)] if self.embeddings else ()
 
 
 NOTHING_USED = Used()
@@ -36,7 +40,7 @@ NOTHING_USED = Used()
 
 def image_seed(request: GenerationRequest, index: int) -> int:
     """The seed that draws picture `index` of the request when it is asked for alone."""
-    return (request.seed + index) % 2**64
+    return request.seeds[index] if request.seeds else (request.seed + index) % 2**64
 
 
 def infotext(
@@ -47,7 +51,7 @@ def infotext(
     The prompt is as it was sent, followed by tags for the LoRAs that it has none for. `model_hash` is that of
     generate.model_hash, left out when empty.
     """
-    prompt = " ".join([request.prompt, *(lora.tag for lora in used.loras if not lora.in_prompt)])
+    prompt = " ".join([request.prompt_of(index), *(lora.tag for lora in used.loras if not lora.in_prompt)])
     lines = [prompt]
     if request.negative_prompt:
         lines.append(f"Negative prompt: {request.negative_prompt}")
@@ -72,7 +76,7 @@ def infotext(
         "Lora hashes": [(lora.short_name, lora.hash) for lora in used.loras],
         "TI hashes": [
             (safe_name(embedding.token), embedding.short_hash)
-            for embedding in used.embeddings
+            for embedding in used.embeddings_of(index)
             if not embedding.is_bundled
         ],
     }

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sdxl_worker import prompts
 from sdxl_worker.generate import prediction
-from sdxl_worker.generate.infotext import Used
+from sdxl_worker.generate.infotext import Used, image_seed
 from sdxl_worker.generate.input_image import fetch_inputs
 from sdxl_worker.generate.modes import Inputs
 from sdxl_worker.lora.ready import ReadyLora, make_ready
@@ -27,23 +28,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prepared:
-    """All that rendering takes beside the pipeline; `used_embeddings` are those of `embeddings` that a prompt names."""
+    """All that rendering takes beside the pipeline; `used_by_prompt` are those of `embeddings` that each one names."""
 
     request: GenerationRequest
     inputs: Inputs
     loras: Sequence[ReadyLora]
     embeddings: PromptEmbeddings
-    used_embeddings: Sequence[Embedding]
+    used_by_prompt: Sequence[Sequence[Embedding]]
     notes: Sequence[str]
 
     @property
     def used(self) -> Used:
         """What the pictures' text says."""
-        return Used([lora.used for lora in self.loras], self.used_embeddings)
+        return Used([lora.used for lora in self.loras], self.used_by_prompt)
+
+    @property
+    def used_embeddings(self) -> list[Embedding]:
+        """Those that any of the prompts names."""
+        used = {embedding for of_one in self.used_by_prompt for embedding in of_one}
+        return [embedding for embedding in self.embeddings.embeddings if embedding in used]
 
     def facts(self, applied: Sequence[AppliedLora]) -> dict[str, Any]:
         """The answer's entries about what was drawn; `applied` says what each of the LoRAs did."""
         facts: dict[str, Any] = {"seed": self.request.seed}
+        if self.request.num_images > 1:
+            facts["seeds"] = [image_seed(self.request, index) for index in range(self.request.num_images)]
         if self.request.loras_requested:
             facts["loras"] = [lora.as_json(done) for lora, done in zip(self.loras, applied, strict=True)]
         if self.request.embeddings_requested or self.used_embeddings:
@@ -79,7 +88,8 @@ def prepare(
         *prediction.notes_on_sampler(pipeline.scheduler.config, request),
         *prediction.notes_on_loras(pipeline.scheduler.config, loras),
     ]
-    used = embeddings.used_by(request, prompts.tokenizers_of(pipeline))
+    alone = [dataclasses.replace(request, prompts=(prompt,)) for prompt in request.prompts] or [request]
+    used = [embeddings.used_by(one, prompts.tokenizers_of(pipeline)) for one in alone]
     return Prepared(request, inputs, loras, embeddings, used, notes)
 
 

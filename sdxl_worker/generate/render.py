@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ import torch
 from sdxl_worker import prompts
 from sdxl_worker.errors import GenerationError
 from sdxl_worker.generate import samplers, vae
+from sdxl_worker.generate.batches import MAX_BATCH_PIXELS, Steps, in_batches, most_at_once
 from sdxl_worker.generate.calls import unet_calls
 from sdxl_worker.generate.infotext import image_seed
 from sdxl_worker.generate.modes import NO_INPUTS, Inputs, Pass, mode_for
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
 
 StepCallback = Callable[[int, int, torch.Tensor], None]
 BeforeStep = Callable[[float], None]
-
-# Two pictures of 1024 x 1024: what lora.merge.ACTIVATION_RESERVE leaves room for.
-MAX_BATCH_PIXELS = 2 * 1024 * 1024
 
 
 def render(
@@ -39,11 +37,11 @@ def render(
 ) -> list[Image]:
     """`request.num_images` RGB pictures of request.width x request.height pixels.
 
-    Picture i is drawn with the seed `(request.seed + i) % 2**64`, so each can be asked for again on its own; several
-    are drawn at once as far as the memory kept free for it reaches. `inputs` are the pictures (any size) to start
-    from, by the request's field; they choose the mode. `embeddings` finds the words of the prompts that have vectors
-    of their own. `on_step(step, total_steps, latents)` follows each step, counted over all batches and passes; latents
-    are (pictures of the batch, 4, height / 8, width / 8) in the UNet's dtype.
+    Picture i is the one of its `image_seed` and prompt, so each can be asked for again on its own; several are drawn at
+    once as far as the free memory reaches, and fewer where that was too many. `inputs` are the pictures (any size) to
+    start from, by the request's field; they choose the mode. `embeddings` finds the words of the prompts that have
+    vectors of their own. `on_step(step, total_steps, latents)` follows each step, counted over all batches and passes
+    and never falling; latents are (pictures of the batch, 4, height / 8, width / 8) in the UNet's dtype.
     `before_step(done)` comes before each call of the UNet; `done` is the share of its pass that lies behind, from 0 up
     to below 1. An exception raised in either stops the run and propagates. The pipeline is left as it was. Raises
     GenerationError when a picture holds values that are not finite.
@@ -54,7 +52,6 @@ def render(
         return [finished.copy() for _ in range(request.num_images)]
     with ExitStack() as changes:
         changes.enter_context(samplers.applied(pipeline, request))
-        changes.enter_context(vae.precision_kept(pipeline))
         conditioning = changes.enter_context(prompts.applied(pipeline, request, embeddings))
         passes = mode.passes(pipeline, request, inputs)
         drawing = _Drawing(pipeline, request, passes, conditioning, on_step, before_step)
@@ -74,21 +71,29 @@ class _Drawing:
 
     def pictures(self) -> list[Image]:
         """Every picture, one batch after the other."""
-        batches = batches_of(self.request)
+        pixels = self.request.width * self.request.height
         calls = [unet_calls(step.view, self._arguments(step)) for step in self.passes] if self.on_step else []
-        return [
-            picture
-            for index, batch in enumerate(batches)
-            for picture in self._batch(batch, calls, index * sum(calls), len(batches) * sum(calls))
-        ]
+        steps = Steps(sum(calls))
 
-    def _batch(self, batch: range, calls: Sequence[int], done: int, total: int) -> list[Image]:
+        def draw(batch: Sequence[int], later: int) -> list[Image]:
+            steps.begin(later)
+            with vae.kept(self.pipeline, one_by_one=len(batch) * pixels > MAX_BATCH_PIXELS):
+                return self._batch(batch, steps)
+
+        return in_batches(self._forms(), most_at_once(self.pipeline.device, pixels), draw)
+
+    def _forms(self) -> list[Hashable]:
+        """For each picture what has to be equal for all that are drawn together."""
+        all_of_them = [step.conditioning or self.conditioning for step in self.passes]
+        return [tuple(one.form(index) for one in all_of_them) for index in range(self.request.num_images)]
+
+    def _batch(self, batch: Sequence[int], steps: Steps) -> list[Image]:
         seeds = [image_seed(self.request, picture) for picture in batch]
         generators = [torch.Generator(self.pipeline.device).manual_seed(seed) for seed in seeds]
         result: torch.Tensor | None = None
-        for number, step in enumerate(self.passes):
+        for step in self.passes:
             samplers.seed(step.view.scheduler, seeds)
-            result = self._pass(step, result, generators, done + sum(calls[:number]), total)
+            result = self._pass(step, result, batch, generators, steps)
         assert result is not None
         return self._as_pictures(result)
 
@@ -98,28 +103,32 @@ class _Drawing:
         return {**common, "output_type": step.output_type, **step.arguments}
 
     def _pass(
-        self, step: Pass, before: torch.Tensor | None, generators: list[torch.Generator], done: int, total: int
+        self,
+        step: Pass,
+        before: torch.Tensor | None,
+        batch: Sequence[int],
+        generators: list[torch.Generator],
+        steps: Steps,
     ) -> torch.Tensor:
         conditioning = step.conditioning or self.conditioning
         # What a pass says itself comes last.
-        arguments = {**conditioning.arguments(len(generators)), **self._arguments(step)}
+        arguments = {**conditioning.arguments(batch), **self._arguments(step)}
         if step.image is not None:
             assert before is not None
             arguments["image"] = step.image(before)
         before_step = self.before_step if step.has_loras else None
         if self.on_step or before_step:
-            arguments["callback_on_step_end"] = self._step_callback(before_step, done, total)
+            arguments["callback_on_step_end"] = self._step_callback(before_step, steps)
         if before_step:
             before_step(0.0)
         with step.around():
             return step.view(**arguments, generator=generators).images
 
-    def _step_callback(
-        self, before_step: BeforeStep | None, done: int, total: int
-    ) -> Callable[..., dict[str, torch.Tensor]]:
+    def _step_callback(self, before_step: BeforeStep | None, steps: Steps) -> Callable[..., dict[str, torch.Tensor]]:
         def after_step(view: Any, step: int, _time: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            steps.done += 1
             if self.on_step:
-                self.on_step(done + step + 1, total, tensors["latents"])
+                self.on_step(steps.done, steps.total, tensors["latents"])
             if before_step and step + 1 < view.num_timesteps:
                 before_step((step + 1) / view.num_timesteps)
             return {}
@@ -133,10 +142,3 @@ class _Drawing:
             )
         processor = self.pipeline.image_processor
         return processor.numpy_to_pil(processor.pt_to_numpy(pixels))
-
-
-def batches_of(request: GenerationRequest) -> list[range]:
-    """The indices of the pictures that are drawn together."""
-    size = max(1, MAX_BATCH_PIXELS // (request.width * request.height))
-    everything = range(request.num_images)
-    return [everything[start : start + size] for start in range(0, request.num_images, size)]

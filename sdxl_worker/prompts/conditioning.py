@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,19 +22,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the pictures of one request are conditioned on: a diffusers call's arguments, each for one picture."""
+    """What the pictures of one request are conditioned on.
 
-    values: Mapping[str, str | torch.Tensor | None]
+    `prompts` are a diffusers call's arguments for one picture: once for all, or one for each picture.
+    """
 
-    def arguments(self, pictures: int) -> dict[str, Any]:
-        """The keyword arguments that give a batch of `pictures` this conditioning."""
-        return {name: _times(value, pictures) for name, value in self.values.items()}
+    prompts: Sequence[Mapping[str, str | torch.Tensor | None]]
+
+    def of(self, picture: int) -> Mapping[str, str | torch.Tensor | None]:
+        """The arguments for the picture with that index."""
+        return self.prompts[picture if len(self.prompts) > 1 else 0]
+
+    def form(self, picture: int) -> Hashable:
+        """What is equal for pictures that one call can draw: the arguments' names, and the tensors' shapes."""
+        return tuple((name, getattr(value, "shape", None)) for name, value in self.of(picture).items())
+
+    def arguments(self, pictures: Sequence[int]) -> dict[str, Any]:
+        """The keyword arguments of a call that draws these pictures, which have the same form."""
+        each = [self.of(picture) for picture in pictures]
+        return {name: _together([values[name] for values in each]) for name in each[0]}
 
 
-def _times(value: str | torch.Tensor | None, pictures: int) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.repeat(pictures, *[1] * (value.ndim - 1))
-    return None if value is None else [value] * pictures
+def _together(values: list[Any]) -> Any:
+    if isinstance(values[0], torch.Tensor):
+        return torch.cat(values)
+    return None if values[0] is None else values
 
 
 @contextlib.contextmanager
@@ -48,22 +60,14 @@ def applied(
     entered when the LoRAs are in place: the text encoders' count. Raises InvalidRequest.
     """
     tokenizers = tokenizers_of(pipeline)
-    prompt, negative = read_prompts(request, tokenizers, embeddings)
-    as_stock = {"prompt": prompt.as_stock, "negative_prompt": None if negative is None else negative.as_stock}
-    both_stock = as_stock["prompt"] is not None and (negative is None or as_stock["negative_prompt"] is not None)
-    if both_stock and request.clip_skip == DEFAULT_CLIP_SKIP:
-        yield Conditioning(as_stock)
-        return
-    if negative is None and not pipeline.config.force_zeros_for_empty_prompt:
-        negative = read("", "plain", tokenizers, embeddings)
-    positive, other = _encoded(pipeline, request, prompt, negative)
+    prompts, negative = read_prompts(request, tokenizers, embeddings)
+    other = None if negative is None else negative.as_stock
+    for_stock = request.clip_skip == DEFAULT_CLIP_SKIP and (negative is None or other is not None)
+    texts = [prompt.as_stock if for_stock else None for prompt in prompts]
+    others = [prompt for prompt, text in zip(prompts, texts, strict=True) if text is None]
+    encoded = iter(_encoded(pipeline, request, others, negative, embeddings) if others else ())
     yield Conditioning(
-        {
-            "prompt_embeds": positive.states,
-            "pooled_prompt_embeds": positive.pooled,
-            "negative_prompt_embeds": other.states,
-            "negative_pooled_prompt_embeds": other.pooled,
-        }
+        [next(encoded) if text is None else {"prompt": text, "negative_prompt": other} for text in texts]
     )
 
 
@@ -81,12 +85,28 @@ def examined(
 
 
 def _encoded(
-    pipeline: StableDiffusionXLPipeline, request: GenerationRequest, prompt: ReadPrompt, negative: ReadPrompt | None
-) -> tuple[Encoded, Encoded]:
-    """Both prompts, in the same length: the least common multiple of their chunks."""
-    both = [prompt] if negative is None else [prompt, negative]
-    positive, *rest = encode(pipeline, both, request.prompt_emphasis, request.clip_skip)
+    pipeline: StableDiffusionXLPipeline,
+    request: GenerationRequest,
+    prompts: Sequence[ReadPrompt],
+    negative: ReadPrompt | None,
+    embeddings: Embeddings,
+) -> list[Mapping[str, torch.Tensor]]:
+    """Each prompt and the negative one in the same length: the least common multiple of their chunks."""
+    if negative is None and not pipeline.config.force_zeros_for_empty_prompt:
+        negative = read("", "plain", tokenizers_of(pipeline), embeddings)
+    every = prompts if negative is None else [*prompts, negative]
+    encoded = encode(pipeline, every, request.prompt_emphasis, request.clip_skip)
+    return [_pair(positive, None if negative is None else encoded[-1]) for positive in encoded[: len(prompts)]]
+
+
+def _pair(positive: Encoded, negative: Encoded | None) -> Mapping[str, torch.Tensor]:
     if negative is None:
-        return positive, positive.zeroed()
-    length = math.lcm(prompt.length, negative.length)
-    return positive.repeated(length // prompt.length), rest[0].repeated(length // negative.length)
+        negative = positive.zeroed()
+    length = math.lcm(positive.places, negative.places)
+    positive, negative = (one.repeated(length // one.places) for one in (positive, negative))
+    return {
+        "prompt_embeds": positive.states,
+        "pooled_prompt_embeds": positive.pooled,
+        "negative_prompt_embeds": negative.states,
+        "negative_pooled_prompt_embeds": negative.pooled,
+    }

@@ -104,7 +104,8 @@ class PromptEmbeddings:
 
     def used_by(self, request: GenerationRequest, tokenizers: Mapping[str, Any]) -> tuple[Embedding, ...]:
         """Those that a prompt of the request uses, in their order; raises InvalidRequest like `prompts.applied`."""
-        prompts = [prompt for prompt in read_prompts(request, tokenizers, self) if prompt is not None]
+        positives, negative = read_prompts(request, tokenizers, self)
+        prompts = positives if negative is None else (*positives, negative)
         chunks = [chunk for prompt in prompts for chunk in prompt.chunks[ENCODERS[0]]]
         used = {self._owners[_key(vectors.name)] for chunk in chunks for _, vectors in chunk.vectors()}
         return tuple(embedding for embedding in self.embeddings if embedding in used)

@@ -28,6 +28,11 @@ class Encoded:
     states: torch.Tensor
     pooled: torch.Tensor
 
+    @property
+    def places(self) -> int:
+        """How many tokens' places it has: 77 for each chunk."""
+        return self.states.shape[1]
+
     def repeated(self, times: int) -> Encoded:
         """The same to the UNet, in a longer form: attention over repeated keys equals attention over the keys."""
         return Encoded(self.states.repeat(1, times, 1), self.pooled)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sdxl_worker.prompts.chunks import Chunk
-from sdxl_worker.prompts.reading import ReadPrompt, read_prompts
+from sdxl_worker.prompts.reading import NEGATIVE, ReadPrompt, read_prompts, texts_of
 from sdxl_worker.prompts.vectors import ENCODERS, NO_EMBEDDINGS, Embeddings
 from sdxl_worker.request import GenerationRequest
 
@@ -19,12 +19,16 @@ def inspection(
 ) -> dict[str, Any]:
     """The answer's `inspection` (for programs) and `table` (for people); raises InvalidRequest.
 
-    Each chunk lists [token, weight] for each text encoder. `</w>` ends a word; an embedding's places have its name.
+    With `prompts` the former has a list of that name, and the latter rows for each of them. Each chunk lists
+    [token, weight] for each text encoder. `</w>` ends a word; an embedding's places have its name.
     """
-    prompts = dict(zip(("prompt", "negative_prompt"), read_prompts(request, tokenizers, embeddings), strict=True))
-    found = {name: None if read is None else _chunks(read, tokenizers) for name, read in prompts.items()}
+    positives, negative = read_prompts(request, tokenizers, embeddings)
+    names = [name for name in texts_of(request) if name != NEGATIVE]
+    found = {name: _chunks(read, tokenizers) for name, read in zip(names, positives, strict=True)}
+    many = {"prompts": [*found.values()]} if request.prompts else found
+    last = {NEGATIVE: None if negative is None else _chunks(negative, tokenizers)}
     syntax = {"prompt_syntax": request.prompt_syntax, "prompt_emphasis": request.prompt_emphasis}
-    return {"inspection": {**syntax, **found}, "table": _table(found)}
+    return {"inspection": {**syntax, **many, **last}, "table": _table({**found, **last})}
 
 
 def _chunks(prompt: ReadPrompt, tokenizers: Mapping[str, Any]) -> list[dict[str, list[list[Any]]]]:

@@ -13,7 +13,7 @@ from sdxl_worker.errors import InvalidRequest
 from sdxl_worker.lora_entries import parse_lora_entries
 from sdxl_worker.masking import mask
 from sdxl_worker.prompts.parse import Tag, parse
-from sdxl_worker.prompts.reading import syntax_of, texts_of
+from sdxl_worker.prompts.reading import NEGATIVE, syntax_of, texts_of
 from sdxl_worker.request import MAX_LORAS, GenerationRequest, LoraSpec
 
 _NUMBER = re.compile(r"\s*(?:(te|unet)\s*=\s*)?([+-]?(?:\d{1,30}(?:\.\d{0,30})?|\.\d{1,30})(?:[eE][+-]?\d{1,3})?)\s*")
@@ -24,24 +24,28 @@ _NEEDS_MORE = frozenset({"civitai", "https", "http"})
 def with_lora_tags(request: GenerationRequest) -> GenerationRequest:
     """The request with the LoRAs of its prompt's tags after those of `loras`; the prompt stays as it is.
 
-    A weight out of range is a skipped tag, named in `warnings`. Raises InvalidRequest for tags in the negative prompt
-    and for too many LoRAs.
+    A weight out of range is a skipped tag, named in `warnings`. Raises InvalidRequest for tags in the negative prompt,
+    for `prompts` that do not have the same ones, and for too many LoRAs.
     """
     tags = {
         name: [tag for tag in _tags_of(text, syntax_of(request), name) if tag.kind == "lora"]
         for name, text in texts_of(request).items()
     }
-    if unwanted := tags.get("negative_prompt"):
+    if unwanted := tags.pop(NEGATIVE, None):
         raise InvalidRequest(
             f"negative_prompt holds the tag {_label(unwanted[0])}: LoRAs are named in prompt or in loras"
         )
-    if not tags["prompt"]:
+    (first, of_all), *others = tags.items()
+    for name, found in others:
+        if [tag.body for tag in found] != [tag.body for tag in of_all]:
+            raise InvalidRequest(f"{name} has other lora tags than {first}: one set of LoRAs is for all pictures")
+    if not of_all:
         return request
     specs: list[LoraSpec] = []
     warnings = list(request.warnings)
-    for tag in tags["prompt"]:
-        found, skipped = _spec_of(tag)
-        specs += found
+    for tag in of_all:
+        named, skipped = _spec_of(tag)
+        specs += named
         warnings += skipped
     number = len(request.loras) + len(specs)
     if number > MAX_LORAS:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
 
 MAX_CHUNKS = 20
+NEGATIVE = "negative_prompt"
 
 
 @dataclass(frozen=True)
@@ -79,21 +80,26 @@ def read(text: str, syntax: str, tokenizers: Mapping[str, Any], embeddings: Embe
 
 def read_prompts(
     request: GenerationRequest, tokenizers: Mapping[str, Any], embeddings: Embeddings
-) -> tuple[ReadPrompt, ReadPrompt | None]:
-    """Prompt and negative prompt, None when there is none; raises InvalidRequest, naming the field at fault."""
+) -> tuple[tuple[ReadPrompt, ...], ReadPrompt | None]:
+    """The prompt, or one for each picture, and the negative prompt, None when there is none.
+
+    Raises InvalidRequest, naming the field at fault.
+    """
     found = {}
     for name, text in texts_of(request).items():
         try:
             found[name] = read(text, syntax_of(request), tokenizers, embeddings)
         except InvalidRequest as error:
             raise InvalidRequest(f"{name} {error}") from None
-    return found["prompt"], found.get("negative_prompt")
+    negative = found.pop(NEGATIVE, None)
+    return tuple(found.values()), negative
 
 
 def texts_of(request: GenerationRequest) -> dict[str, str]:
-    """The prompts that the request has, by the names of their fields."""
-    texts = {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
-    return {name: text for name, text in texts.items() if text is not None}
+    """The prompts that the request has, by the names of their fields; NEGATIVE, where it is there, is the last."""
+    many = {f"prompts[{index}]": prompt for index, prompt in enumerate(request.prompts)}
+    negative = {} if request.negative_prompt is None else {NEGATIVE: request.negative_prompt}
+    return (many or {"prompt": request.prompt}) | negative
 
 
 def syntax_of(request: GenerationRequest) -> str:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import gc
-import traceback
 from collections.abc import Iterator
 
 import torch
 
 from sdxl_worker.errors import DeviceFailed, OutOfMemory, WorkerError
-from sdxl_worker.memory import is_out_of_memory
+from sdxl_worker.memory import free_memory, is_out_of_memory
 
 _DEVICE_WORDS = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS", "cuDNN error", "device-side assert", "NCCL error")
 
@@ -21,7 +19,7 @@ def as_worker_error(error: Exception) -> WorkerError:
         return error
     text = str(error)
     if is_out_of_memory(error):
-        return OutOfMemory("the request does not fit the memory; ask for a smaller picture or for one image")
+        return OutOfMemory("not even one picture of this size fits the memory; ask for a smaller one")
     if isinstance(error, torch.AcceleratorError) or _mentions(error, text, _DEVICE_WORDS):
         return DeviceFailed("the GPU failed; a fresh worker will take the next try")
     return WorkerError("the worker failed in a way that nobody foresaw; its log has the details")
@@ -29,17 +27,6 @@ def as_worker_error(error: Exception) -> WorkerError:
 
 def _mentions(error: Exception, text: str, words: tuple[str, ...]) -> bool:
     return isinstance(error, RuntimeError) and any(word in text for word in words)
-
-
-def free_memory(error: Exception) -> None:
-    """Let go of what the frames of `error` and of what led to it hold, on the host and on the device."""
-    link: BaseException | None = error
-    while link is not None:
-        traceback.clear_frames(link.__traceback__)
-        link = link.__cause__ or link.__context__
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 class Health:

@@ -11,8 +11,8 @@ from PIL import Image
 
 from sdxl_worker import topology
 from sdxl_worker.errors import Cancelled, GenerationError
-from sdxl_worker.generate import render as render_module
-from sdxl_worker.generate.render import batches_of, render
+from sdxl_worker.generate import batches as batches_module
+from sdxl_worker.generate.render import render
 from sdxl_worker.request import GenerationRequest
 from tests.support.lora_files import weight_hash
 from tests.support.pictures import by_diffusers, farthest, image_to_image, same
@@ -93,31 +93,12 @@ def test_the_largest_seed_wraps(pipeline):
     assert len(render(pipeline, replace(REQUEST, seed=2**64 - 1, num_images=2))) == 2
 
 
-@pytest.mark.parametrize(
-    ("width", "height", "pictures", "sizes"),
-    [
-        (1024, 1024, 1, [1]),
-        (1024, 1024, 2, [2]),
-        (1024, 1024, 3, [2, 1]),
-        (1024, 1024, 4, [2, 2]),
-        (512, 512, 4, [4]),
-        (1152, 896, 4, [2, 2]),
-        (1216, 1216, 3, [1, 1, 1]),
-        (2048, 2048, 2, [1, 1]),
-    ],
-)
-def test_no_more_is_drawn_at_once_than_two_pictures_of_1024(width: int, height: int, pictures: int, sizes: list[int]):
-    batches = batches_of(GenerationRequest("a", width=width, height=height, num_images=pictures))
-    assert [len(batch) for batch in batches] == sizes
-    assert [index for batch in batches for index in batch] == list(range(pictures))
-
-
 # PNDM calls the UNet once more than it has steps, Heun once less than twice.
 @pytest.mark.parametrize(
     ("scheduler", "total"), [("K_EULER_ANCESTRAL", 12), ("KLMS", 12), ("PNDM", 15), ("Heun", 21), ("DPM++ SDE", 21)]
 )
 def test_pictures_of_several_batches_are_those_of_their_seeds(scheduler: str, total: int, pipeline, monkeypatch):
-    monkeypatch.setattr(render_module, "MAX_BATCH_PIXELS", 64 * 96)
+    monkeypatch.setattr(batches_module, "MAX_BATCH_PIXELS", 64 * 96)
     request = replace(REQUEST, scheduler=scheduler, num_images=3)
     steps: list[tuple[int, int]] = []
     pictures = render(pipeline, request, on_step=lambda step, total, _latents: steps.append((step, total)))
@@ -144,7 +125,7 @@ def test_steps_are_reported_and_change_no_bit(pipeline):
 
 
 def test_the_share_that_is_done_is_said_before_each_step(pipeline, monkeypatch):
-    monkeypatch.setattr(render_module, "MAX_BATCH_PIXELS", 64 * 96)
+    monkeypatch.setattr(batches_module, "MAX_BATCH_PIXELS", 64 * 96)
     done: list[float] = []
     pictures = render(pipeline, replace(REQUEST, num_images=2), before_step=done.append)
     assert done == [0, 0.25, 0.5, 0.75] * 2

@@ -10,7 +10,18 @@ from typing import Any
 from tests.hostile.case import SECRET, Case, job, words
 
 FIELDS = (
-    *("prompt", "negative_prompt", "height", "width", "seed", "scheduler", "num_inference_steps", "guidance_scale"),
+    *(
+        "prompts",
+        "seeds",
+        "prompt",
+        "negative_prompt",
+        "height",
+        "width",
+        "seed",
+        "scheduler",
+        "num_inference_steps",
+        "guidance_scale",
+    ),
     *(
         "num_images",
         "image_url",
@@ -126,7 +137,7 @@ def _good(random: Random) -> dict[str, Any]:
         "num_inference_steps": random.choice((1, 2, 4)),
         "seed": random.choice((None, -1, 0, 2**64 - 1)),
         "guidance_scale": random.choice((0, 1, 7.5, 100)),
-        "num_images": random.choice((1, 1, 4)),
+        "num_images": random.choice((1, 1, 8)),
         "output_format": random.choice(("png", "jpeg", "webp", "auto")),
         "output_quality": random.choice((1, 50, 100)),
         "preview": random.random() < 0.5,
@@ -152,6 +163,22 @@ def _tags(random: Random) -> dict[str, Any]:
     tags = [f"<lora:{random.choice(REFERENCES)}{random.choice(numbers)}>" for _ in range(random.choice((1, 2, 33)))]
     prompt = " ".join(tags).replace("\0", "").encode("utf-8", "ignore").decode()[:10_000]
     return {random.choice(("prompt", "prompt", "negative_prompt")): prompt, "prompt_syntax": "a1111"}
+
+
+def _many(random: Random) -> dict[str, Any]:
+    """Lists with an entry for each picture: of any length, with odd entries now and then."""
+    prompts = ("", "a", "a (cat:1.3)", "a BREAK b", "x " * 400, "\ud800", "<lora:tiny-example:0.5>", "(" * 3000)
+    seeds = (-1, 0, 7, 2**64 - 1, *((2**64, -2, None, 1.5, True) if random.random() < 0.3 else ()))
+    length = random.choice((1, 2, 3, 8, 9))
+    made: dict[str, Any] = {
+        "prompts": [random.choice(prompts[: 5 + random.randrange(4)]) for _ in range(length)],
+        "seeds": [random.choice(seeds) for _ in range(random.choice((length, length, 2)))],
+        "num_images": random.choice((1, length)),
+        "prompt": random.choice((None, "", "a")),
+        "seed": random.choice((None, -1, 5)),
+        "prompt_syntax": random.choice(("plain", "a1111")),
+    }
+    return {name: value for name, value in made.items() if name in ("prompt", "seed") or random.random() < 0.7}
 
 
 def _unknown(random: Random) -> dict[str, Any]:
@@ -198,6 +225,7 @@ _KINDS: tuple[tuple[int, Callable[[Random], Any]], ...] = (
     (8, _loras),
     (2, _embeddings),
     (2, _tags),
+    (3, _many),
     (2, _unknown),
     (1, _deep),
     (2, _large),

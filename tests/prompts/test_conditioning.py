@@ -173,7 +173,7 @@ def test_a_short_unweighted_prompt_has_the_bits_of_stock_diffusers(syntax: str, 
 def test_its_own_encoding_has_the_bits_of_stock_diffusers_too(vivid) -> None:
     """As where a short prompt meets a long negative one, or an embedding."""
     with prompts.applied(vivid, request("a cat", None, clip_skip=3)) as conditioning:
-        arguments = conditioning.arguments(1)
+        arguments = conditioning.arguments([0])
     states, negative, pooled, negative_pooled = vivid.encode_prompt("a cat", clip_skip=1)
     assert torch.equal(arguments["prompt_embeds"], states)
     assert torch.equal(arguments["pooled_prompt_embeds"], pooled)
