@@ -127,12 +127,13 @@ class JobRun:
 
     @contextlib.contextmanager
     def measure(self, name: str) -> Iterator[None]:
-        """Add the time spent inside to the milliseconds of `name`."""
-        start = time.perf_counter()
+        """Add the time spent inside to the milliseconds of `name`, less what is measured inside."""
+        others, start = sum(self.milliseconds.values()), time.perf_counter()
         try:
             yield
         finally:
-            self.milliseconds[name] = self.milliseconds.get(name, 0.0) + 1000 * (time.perf_counter() - start)
+            spent = 1000 * (time.perf_counter() - start) - (sum(self.milliseconds.values()) - others)
+            self.milliseconds[name] = self.milliseconds.get(name, 0.0) + spent
 
     def timed(self, change: AbstractContextManager[T], entering: str, leaving: str) -> AbstractContextManager[T]:
         """`change`, with the time that it takes to enter and to leave it measured under these names."""

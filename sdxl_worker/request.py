@@ -41,6 +41,8 @@ OUTPUT_FORMATS = ("png", "jpeg", "webp", "auto")
 RANDOM_SEED_BITS = 32
 # What users of other workers call a LoRA's reference; the first one that is given counts.
 REFERENCE_KEYS = ("path", "url", "source")
+# 0.1 + 0.2 means 0.3; two hundredths of a step of the longest run are far more.
+SPAN_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,27 @@ class LoraScale:
 
 
 @dataclass(frozen=True)
+class LoraSpan:
+    """The steps at which a LoRA acts: from `start`, included, to `end`, excluded, as shares of the steps, 0 to 1."""
+
+    start: float = 0.0
+    end: float = 1.0
+
+    @property
+    def is_whole(self) -> bool:
+        """True when the LoRA acts at every step."""
+        return self.start <= 0 and self.end >= 1
+
+    def covers(self, done: float) -> bool:
+        """Whether the LoRA acts at the step before which `done`, 0 to below 1, of the steps lies behind."""
+        return self.start - SPAN_TOLERANCE <= done < self.end - SPAN_TOLERANCE
+
+    def as_json(self) -> dict[str, float]:
+        """Nothing where the LoRA acts at every step, as in most requests."""
+        return {} if self.is_whole else {"start": self.start, "end": self.end}
+
+
+@dataclass(frozen=True)
 class LoraSpec:
     """One entry of the request's `loras`, before anything is downloaded. `index` is its place in the request.
 
@@ -81,6 +104,7 @@ class LoraSpec:
     index: int = 0
     name: str = ""
     tag: str = ""
+    span: LoraSpan = LoraSpan()
 
     @property
     def label(self) -> str:

@@ -25,6 +25,7 @@ from sdxl_worker.kinds import EMBEDDING, LORA
 from sdxl_worker.logs import current_job
 from sdxl_worker.lora.engine import AppliedLora, LoraEngine, ParsedLora
 from sdxl_worker.lora.ready import make_ready
+from sdxl_worker.lora.schedule import LoraSchedule
 from sdxl_worker.lora_entries import parse_lora_entries
 from sdxl_worker.memory import free_memory
 from sdxl_worker.prompts.lora_tags import with_lora_tags
@@ -171,7 +172,7 @@ class Worker:
     def load_loras(self, pipeline: Any, entries: Sequence[Any]) -> tuple[list[Path], list[LoraScale]]:
         """Local files and scales of a request's `loras`, checked against `pipeline`; malformed entries are left out.
 
-        Raises FetchError and AssetFileError.
+        Their `start` and `end` do not count: `apply_loras` merges for all steps. Raises FetchError and AssetFileError.
         """
         specs, warnings = parse_lora_entries(entries)
         for warning in warnings:
@@ -242,20 +243,24 @@ class Worker:
 
         request = prepared.request
         on_step = functools.partial(_after_step, run, request.preview)
-        applied: list[AppliedLora] = []
+        loras: LoraSchedule | None = None
         with ExitStack() as stack:
             stack.enter_context(run.device())
             stack.enter_context(self.health.watch())
             if prepared.loras:
-                loras = [(lora.parsed, lora.spec.scale) for lora in prepared.loras]
-                change = self.engine_of(pipeline).applied(loras)
-                applied = stack.enter_context(run.timed(change, "applying_loras", "restoring"))
+                loras = LoraSchedule(self.engine_of(pipeline), prepared.loras, run)
+                stack.enter_context(run.timed(loras.merged(), "applying_loras", "restoring"))
             stack.enter_context(run.stage("denoising"))
             stack.enter_context(self.health.rendering())
             pictures = render(
-                pipeline, request, inputs=prepared.inputs, on_step=on_step, embeddings=prepared.embeddings
+                pipeline,
+                request,
+                inputs=prepared.inputs,
+                on_step=on_step,
+                before_step=loras.before_step if loras else None,
+                embeddings=prepared.embeddings,
             )
-            return pictures, applied
+            return pictures, loras.applied if loras else []
 
 
 def _listed(setting: str) -> list[str]:

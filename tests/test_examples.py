@@ -83,6 +83,15 @@ def test_an_example_renders(path: Path, pipeline, engine, server: FileServer, tm
 def test_the_readme_leads_to_the_examples() -> None:
     assert [
         name
-        for name in ("lora", "image_to_image", "worker_sdxl", "embedding", "lora_tags", "seeds", "prompts")
+        for name in (
+            "lora",
+            "image_to_image",
+            "worker_sdxl",
+            "embedding",
+            "lora_tags",
+            "lora_steps",
+            "seeds",
+            "prompts",
+        )
         if f"examples/{name}.json" not in README
     ] == []

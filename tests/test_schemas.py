@@ -11,7 +11,7 @@ from runpod.serverless.utils.rp_validator import validate
 
 from schemas import INPUT_SCHEMA, validate_request
 from sdxl_worker.errors import InvalidRequest
-from sdxl_worker.request import FIELDS, LoraScale, LoraSpec
+from sdxl_worker.request import FIELDS, LoraScale, LoraSpan, LoraSpec
 
 GOOD = {"prompt": "a lighthouse"}
 SURROGATE = "\ud800"
@@ -304,9 +304,45 @@ def test_a_scale_per_part_of_the_model():
     assert spec.scale == LoraScale(0.8, 0.0, 1.0)
 
 
+@pytest.mark.parametrize(
+    ("given", "span"),
+    [
+        ({}, LoraSpan(0.0, 1.0)),
+        ({"start": None, "end": None}, LoraSpan(0.0, 1.0)),
+        ({"end": 0.6}, LoraSpan(0.0, 0.6)),
+        ({"start": 0, "end": 1}, LoraSpan(0.0, 1.0)),
+        ({"start": 0.25}, LoraSpan(0.25, 1.0)),
+    ],
+)
+def test_the_steps_at_which_a_lora_acts(given, span):
+    request = validate_request({**GOOD, "loras": [{"path": "a", **given}]})
+    assert request.loras[0].span == span
+    assert request.warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"start": -0.1}, "its start is -0.1 and must lie between 0 and 1"),
+        ({"end": 60}, "its end is 60 and must lie between 0 and 1"),
+        ({"end": math.nan}, "its end is nan and must lie between 0 and 1"),
+        ({"end": 10**400}, "its end is "),
+        ({"start": 0.6, "end": 0.6}, "its start is 0.6 and must lie below its end, which is 0.6"),
+        ({"start": 1}, "its start is 1 and must lie below its end, which is 1"),
+        ({"end": 0}, "its start is 0 and must lie below its end, which is 0"),
+        ({"start": "0.5"}, "its start is a string, not a number"),
+        ({"end": True}, "its end is a boolean, not a number"),
+    ],
+)
+def test_steps_that_cannot_be_are_a_skipped_entry_that_says_so(given, sentence):
+    request = validate_request({**GOOD, "loras": [{"path": "a", **given}]})
+    assert request.loras == ()
+    assert request.warnings[0].startswith(f"loras[0] was skipped: {sentence}")
+
+
 def test_an_unknown_key_of_an_entry_is_a_warning():
     request = validate_request({**GOOD, "loras": [{"path": "a", "weight": 0.5}]})
-    assert request.warnings == ("loras[0]: ignored unknown 'weight'; known are path, scale and name",)
+    assert request.warnings == ("loras[0]: ignored unknown 'weight'; known are path, scale, name, start and end",)
 
 
 @pytest.mark.parametrize("reference", ["", "..", "../x", "a\0b", "\\", "x" * 300])

@@ -42,8 +42,9 @@ def render(
     start from, by the request's field; they choose the mode. `embeddings` finds the words of the prompts that have
     vectors of their own. `on_step(step, total_steps, latents)` follows each step, counted over all batches and passes
     and never falling; latents are (pictures of the batch, 4, height / 8, width / 8) in the UNet's dtype.
-    `before_step(done)` comes before each call of the UNet; `done` is the share of its pass that lies behind, from 0 up
-    to below 1. An exception raised in either stops the run and propagates. The pipeline is left as it was. Raises
+    `before_step(done)` comes before each call of the UNet; `done` is the share of its pass's steps that lies behind,
+    from 0 up to below 1: of a step that calls it twice, both calls get the same. An exception raised in either stops
+    the run and propagates. The pipeline is left as it was. Raises
     GenerationError when a picture holds values that are not finite.
     """
     mode = mode_for(inputs)
@@ -130,7 +131,9 @@ class _Drawing:
             if self.on_step:
                 self.on_step(steps.done, steps.total, tensors["latents"])
             if before_step and step + 1 < view.num_timesteps:
-                before_step((step + 1) / view.num_timesteps)
+                # A scheduler of order 2 goes through each step but the last in two calls, one after the other.
+                order = view.scheduler.order
+                before_step((step + 1) // order / -(-view.num_timesteps // order))
             return {}
 
         return after_step

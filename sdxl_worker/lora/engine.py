@@ -7,7 +7,7 @@ import functools
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 from sdxl_worker.background import in_background
 from sdxl_worker.lora.file import LoraFacts, autov3, read_lora
 from sdxl_worker.lora.formats.format import Change, map_tensors, tensors_of
-from sdxl_worker.lora.keys import COMPONENTS, ResidentModules
+from sdxl_worker.lora.keys import COMPONENTS, UNET, ResidentModules
 from sdxl_worker.lora.match import Matched, match_lora
 from sdxl_worker.lora.merge import Target, WeightMerger, files_memory
 from sdxl_worker.prompts.bundled import Bundled, bundled_in
@@ -89,12 +89,27 @@ class ParsedLora:
         return {target: map_tensors(change, move) for target, change in self.matched.changes.items()}
 
 
+Lora = tuple[ParsedLora, LoraScale]
+
+
 @dataclass(frozen=True)
 class AppliedLora:
     """What one LoRA did: `layers` is how many modules it changed at its scale."""
 
     layers: int
     warnings: tuple[str, ...] = ()
+
+
+def targets_of(lora: Lora, components: Collection[str] = COMPONENTS) -> list[Target]:
+    """The weights and biases of `components` that the LoRA changes at its scale."""
+    parsed, scale = lora
+    changed = [component for component in components if getattr(scale, component)]
+    return [target for target in parsed.matched.changes if target.component in changed]
+
+
+def layers_of(lora: Lora, components: Collection[str] = COMPONENTS) -> int:
+    """How many modules of `components` the LoRA changes at its scale."""
+    return len({(target.component, target.module) for target in targets_of(lora, components)})
 
 
 class LoraEngine:
@@ -136,33 +151,51 @@ class LoraEngine:
         self._remember(key, parsed)
         return parsed
 
-    def apply(self, loras: Sequence[tuple[ParsedLora, LoraScale]]) -> list[AppliedLora]:
+    def apply(self, loras: Sequence[Lora]) -> list[AppliedLora]:
         """Merge the LoRAs, all from the pristine weights, replacing whatever was merged; one AppliedLora each.
 
         On an exception the weights are put back before it propagates. Raises LoraIncompatible when the files need more
         memory than there is, and RestoreFailed.
         """
+        changes = self._changes_of(loras)
+        try:
+            self._merger.merge(changes)
+        except BaseException:
+            self._merger.restore()
+            raise
+        return [AppliedLora(layers_of(lora), lora[0].warnings) for lora in loras]
+
+    def reserve(self, loras: Iterable[Lora]) -> None:
+        """Make now the untouched copies of all UNet weights that the LoRAs change: `reapply_unet` then makes none."""
+        self._merger.reserve(dict.fromkeys(target for lora in loras for target in targets_of(lora, (UNET,))))
+
+    def reapply_unet(self, loras: Sequence[Lora], *, switched: Sequence[Lora]) -> None:
+        """Give the UNet's weights that any of `switched` changes the changes of `loras`, from the pristine weights.
+
+        For the moment between two steps: `switched` are those that were merged and are no longer among `loras`, and
+        those that are new there. All other weights stay as they are, those of the text encoders among them, since the
+        prompts are encoded. On an exception the weights have to be restored. Raises like `apply`.
+        """
+        changes: dict[Target, list[tuple[Change, float]]] = {
+            target: [] for lora in switched for target in targets_of(lora, (UNET,))
+        }
+        wanted = self._changes_of([lora for lora in loras if not changes.keys().isdisjoint(targets_of(lora, (UNET,)))])
+        self._merger.update({target: wanted.get(target, []) for target in changes})
+
+    def _changes_of(self, loras: Sequence[Lora]) -> dict[Target, list[tuple[Change, float]]]:
+        """Each changed weight's changes with their strengths, on the device. Raises LoraIncompatible for no memory."""
         changes: dict[Target, list[tuple[Change, float]]] = {}
-        applied = []
         for parsed, scale in loras:
-            modules = set()
             with files_memory():
                 moved = parsed.changes_on(self._device)
             for target, change in moved.items():
                 strength = getattr(scale, target.component)
                 if strength:
                     changes.setdefault(target, []).append((change, strength))
-                    modules.add((target.component, target.module))
-            applied.append(AppliedLora(len(modules), parsed.warnings))
-        try:
-            self._merger.merge(changes)
-        except BaseException:
-            self._merger.restore()
-            raise
-        return applied
+        return changes
 
     @contextlib.contextmanager
-    def applied(self, loras: Sequence[tuple[ParsedLora, LoraScale]]) -> Iterator[list[AppliedLora]]:
+    def applied(self, loras: Sequence[Lora]) -> Iterator[list[AppliedLora]]:
         """Inside, the LoRAs are merged; on the way out, whatever happens, every weight has its pristine bits again.
 
         Raises AssetFileError before a weight is touched, RestoreFailed on the way out.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +43,7 @@ class WeightMerger:
         """`parameters`: the live tensors, changed in place only."""
         self._live = parameters
         self._pristine: dict[Target, Tensor] = {}
-        self._merged: list[Target] = []
+        self._merged: dict[Target, None] = {}
         self._place: str | None = None
 
     @torch.no_grad()
@@ -53,27 +53,47 @@ class WeightMerger:
         On any exception some targets may be merged: call `restore`.
         """
         self.restore()
+        self.update(changes)
+
+    @torch.no_grad()
+    def update(self, changes: Mapping[Target, Sequence[tuple[Change, float]]]) -> None:
+        """Like `merge`, but targets that `changes` does not name stay as they are; those without a change are put back.
+
+        On any exception some targets may be merged: call `restore`.
+        """
         for target, parts in changes.items():
-            pristine = self._keep_pristine(target)
-            self._merged.append(target)
-            with files_memory():
-                _merge_one(self._live[target], pristine, parts)
+            if parts:
+                pristine = self._keep_pristine(target)
+                self._merged[target] = None
+                with files_memory():
+                    _merge_one(self._live[target], pristine, parts)
+        self._put_back([target for target, parts in changes.items() if not parts and target in self._merged])
+
+    @torch.no_grad()
+    def reserve(self, targets: Iterable[Target]) -> None:
+        """Make the pristine copies of `targets` now, so that merging them later takes no memory for good."""
+        for target in targets:
+            self._keep_pristine(target)
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put every merged weight back to its pristine bits. Raises RestoreFailed."""
-        if not self._merged:
+        self._put_back(list(self._merged))
+
+    def _put_back(self, targets: Sequence[Target]) -> None:
+        if not targets:
             return
         try:
-            live = [self._live[target] for target in self._merged]
-            pristine = [self._pristine[target] for target in self._merged]
+            live = [self._live[target] for target in targets]
+            pristine = [self._pristine[target] for target in targets]
             torch._foreach_copy_(live, pristine, non_blocking=True)
             if live[0].is_cuda:
                 # An asynchronous failure has to surface here, not in the next job.
                 torch.cuda.synchronize(live[0].device)
         except RuntimeError as error:
             raise RestoreFailed("the base model could not be put back after a LoRA") from error
-        self._merged.clear()
+        for target in targets:
+            del self._merged[target]
 
     def _keep_pristine(self, target: Target) -> Tensor:
         if target not in self._pristine:

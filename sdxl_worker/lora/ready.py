@@ -46,6 +46,7 @@ class ReadyLora:
         entry = {
             "name": self.file.name,
             "scale": self.spec.scale.as_json(),
+            **self.spec.span.as_json(),
             "sha256": self.file.sha256,
             "format": facts.format,
             "base_model": facts.base_model,

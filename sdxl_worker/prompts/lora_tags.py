@@ -1,7 +1,8 @@
 """The LoRAs that tags in a prompt name: `<lora:REFERENCE:WEIGHT>`, as AUTOMATIC1111 and Forge read them.
 
 Two numbers are the text encoders' and the UNet's scale, in that order, and `te=` and `unet=` name them
-(extensions-builtin/Lora/extra_networks_lora.py in both).
+(extensions-builtin/Lora/extra_networks_lora.py in both). `start=` and `end=` are this worker's own: they leave out what
+they do not know.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from sdxl_worker.prompts.parse import Tag, parse
 from sdxl_worker.prompts.reading import NEGATIVE, syntax_of, texts_of
 from sdxl_worker.request import MAX_LORAS, GenerationRequest, LoraSpec
 
-_NUMBER = re.compile(r"\s*(?:(te|unet)\s*=\s*)?([+-]?(?:\d{1,30}(?:\.\d{0,30})?|\.\d{1,30})(?:[eE][+-]?\d{1,3})?)\s*")
+_NUMBER = re.compile(
+    r"\s*(?:(te|unet|start|end)\s*=\s*)?([+-]?(?:\d{1,30}(?:\.\d{0,30})?|\.\d{1,30})(?:[eE][+-]?\d{1,3})?)\s*"
+)
 # `civitai:12345` is a reference and not the name "civitai" with a weight.
 _NEEDS_MORE = frozenset({"civitai", "https", "http"})
 
@@ -66,26 +69,31 @@ def _spec_of(tag: Tag) -> tuple[list[LoraSpec], list[str]]:
     text = numbers.get("te", 1.0)
     unet = numbers.get("unet", text)
     scale = unet if unet == text else {"unet": unet, "text_encoder": text, "text_encoder_2": text}
-    specs, warnings = parse_lora_entries([{"path": reference, "scale": scale}])
+    span = {name: numbers[name] for name in ("start", "end") if name in numbers}
+    specs, warnings = parse_lora_entries([{"path": reference, "scale": scale, **span}])
     label = _label(tag)
     named = [dataclasses.replace(spec, tag=label) for spec in specs]
     return named, [f"the tag {label}{warning.removeprefix('loras[0]')}" for warning in warnings]
 
 
 def split_body(body: str) -> tuple[str, dict[str, float]]:
-    """(reference, numbers by "te" and "unet"): up to two numbers, split off from the right, since URLs hold colons."""
+    """(reference, numbers by name): split off from the right, since URLs hold colons.
+
+    Up to two numbers without a name are "te" and "unet" in that order, where no name gives these.
+    """
     parts = body.split(":")
-    taken: list[re.Match[str]] = []
-    while len(parts) > 1 and len(taken) < 2 and parts[-2].strip().lower() not in _NEEDS_MORE:
+    named: dict[str, float] = {}
+    plain: list[float] = []
+    while len(parts) > 1 and parts[-2].strip().lower() not in _NEEDS_MORE:
         match = _NUMBER.fullmatch(parts[-1])
-        if match is None:
+        if match is None or match[1] in named or (match[1] is None and len(plain) == 2):
             break
-        taken.insert(0, match)
+        if match[1]:
+            named[match[1]] = float(match[2])
+        else:
+            plain.insert(0, float(match[2]))
         parts.pop()
-    numbers = {}
-    for place, match in zip(("te", "unet"), taken, strict=False):
-        numbers[match[1] or place] = float(match[2])
-    return ":".join(parts).strip(), numbers
+    return ":".join(parts).strip(), {**dict(zip(("te", "unet"), plain, strict=False)), **named}
 
 
 def _label(tag: Tag) -> str:

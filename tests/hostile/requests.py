@@ -110,6 +110,8 @@ def entry(random: Random) -> Any:
     if random.random() < 0.7:
         made["scale"] = random.choice(SCALES)
     if random.random() < 0.4:
+        made[random.choice(("start", "end"))] = random.choice((0, 0.5, 1, 1e-9, *SCALES))
+    if random.random() < 0.4:
         made["name"] = random.choice((*REFERENCES, *VALUES))
     if random.random() < 0.2:
         made[random.choice(("path", "url", "weight", "", "\ud800", "x" * 5000))] = random.choice(VALUES)

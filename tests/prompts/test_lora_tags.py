@@ -6,7 +6,7 @@ import pytest
 
 from sdxl_worker.errors import InvalidRequest
 from sdxl_worker.prompts.lora_tags import split_body, with_lora_tags
-from sdxl_worker.request import GenerationRequest, LoraScale, LoraSpec
+from sdxl_worker.request import GenerationRequest, LoraScale, LoraSpan, LoraSpec
 
 
 @pytest.mark.parametrize(
@@ -21,6 +21,12 @@ from sdxl_worker.request import GenerationRequest, LoraScale, LoraSpec
         ("style:unet=0.4", "style", {"unet": 0.4}),
         ("style:0.7:unet=0.4", "style", {"te": 0.7, "unet": 0.4}),
         ("style:te=0.7:unet=0.4", "style", {"te": 0.7, "unet": 0.4}),
+        ("style:te=0.7:0.4", "style", {"te": 0.7}),
+        ("style:0.8:start=0.2:end=0.6", "style", {"te": 0.8, "start": 0.2, "end": 0.6}),
+        ("style:end=0.6:0.5:1", "style", {"te": 0.5, "unet": 1.0, "end": 0.6}),
+        ("style:0.1:0.5:start=.2:1", "style:0.1", {"te": 0.5, "unet": 1.0, "start": 0.2}),
+        ("style:start=0.1:start=0.2", "style:start=0.1", {"start": 0.2}),
+        ("civitai:12345:end=0.5", "civitai:12345", {"end": 0.5}),
         ("user/repo@v1/a.safetensors:0.5:1", "user/repo@v1/a.safetensors", {"te": 0.5, "unet": 1.0}),
         ("https://example.com:8000/a.safetensors?x=1:0.8", "https://example.com:8000/a.safetensors?x=1", {"te": 0.8}),
         ("https://example.com:8000/a.safetensors", "https://example.com:8000/a.safetensors", {}),
@@ -55,6 +61,17 @@ def test_one_number_is_for_all_and_two_are_text_encoders_and_unet() -> None:
     assert found.loras_requested
     assert found.prompt == "a <lora:x:0.8> cat <lora:y:0.5:1><LORA:z>"
     assert found.warnings == ()
+
+
+def test_a_tag_may_say_at_which_steps() -> None:
+    (spec,) = with_lora_tags(asked("a <lora:x:0.8:start=0.2:end=0.6>")).loras
+    assert (spec.scale, spec.span) == (LoraScale.uniform(0.8), LoraSpan(0.2, 0.6))
+    skipped = with_lora_tags(asked("a <lora:x:end=1.5> <lora:y:start=0.5:end=0.5>"))
+    assert skipped.loras == ()
+    assert skipped.warnings == (
+        "the tag <lora:x> was skipped: its end is 1.5 and must lie between 0 and 1",
+        "the tag <lora:y> was skipped: its start is 0.5 and must lie below its end, which is 0.5",
+    )
 
 
 @pytest.mark.parametrize(("prompt", "syntax"), [("a <lora:x:1>", "plain"), ("a cat <lyco:x>", "a1111")])
