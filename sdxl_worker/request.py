@@ -15,11 +15,18 @@ from sdxl_worker.checks import (
     or_null,
     picture,
     several,
+    sides,
     spelled,
     switch,
     text,
     whole,
 )
+from sdxl_worker.request_values import EmbeddingSpec as EmbeddingSpec
+from sdxl_worker.request_values import Extend as Extend
+from sdxl_worker.request_values import LoraScale as LoraScale
+from sdxl_worker.request_values import LoraSpan as LoraSpan
+from sdxl_worker.request_values import LoraSpec as LoraSpec
+from sdxl_worker.request_values import default_strength
 from sdxl_worker.sampler_names import find_schedule, find_scheduler
 from sdxl_worker.schedulers import AUTOMATIC, schedule_names, scheduler_names
 from sdxl_worker.settings import PROMPT_SYNTAXES
@@ -28,6 +35,8 @@ from sdxl_worker.text import is_unicode, shown
 MAX_PROMPT_CHARACTERS = 10_000
 MIN_SIDE, MAX_SIDE, SIDE_STEP = 64, 2048, 8
 MAX_STEPS = 200
+# AUTOMATIC1111's sliders end there.
+MAX_MASK_BLUR, MAX_INPAINT_PADDING = 64, 256
 MAX_GUIDANCE = 100.0
 MAX_IMAGES = 8
 MAX_SEED = 2**64 - 1
@@ -41,92 +50,6 @@ OUTPUT_FORMATS = ("png", "jpeg", "webp", "auto")
 RANDOM_SEED_BITS = 32
 # What users of other workers call a LoRA's reference; the first one that is given counts.
 REFERENCE_KEYS = ("path", "url", "source")
-# 0.1 + 0.2 means 0.3; two hundredths of a step of the longest run are far more.
-SPAN_TOLERANCE = 1e-6
-
-
-@dataclass(frozen=True)
-class LoraScale:
-    """How strongly a LoRA is applied to each part of the model, -100 to 100; 0 = not at all, negative = inverted."""
-
-    unet: float = 1.0
-    text_encoder: float = 1.0
-    text_encoder_2: float = 1.0
-
-    @classmethod
-    def uniform(cls, scale: float) -> LoraScale:
-        """The same number for every part."""
-        return cls(scale, scale, scale)
-
-    @property
-    def is_zero(self) -> bool:
-        """True when the LoRA would have no effect at all."""
-        return self.unet == self.text_encoder == self.text_encoder_2 == 0
-
-    def as_json(self) -> float | dict[str, float]:
-        """A plain number when all parts agree, as most requests have it; else one number per part."""
-        if self.unet == self.text_encoder == self.text_encoder_2:
-            return self.unet
-        return {"unet": self.unet, "text_encoder": self.text_encoder, "text_encoder_2": self.text_encoder_2}
-
-
-@dataclass(frozen=True)
-class LoraSpan:
-    """The steps at which a LoRA acts: from `start`, included, to `end`, excluded, as shares of the steps, 0 to 1."""
-
-    start: float = 0.0
-    end: float = 1.0
-
-    @property
-    def is_whole(self) -> bool:
-        """True when the LoRA acts at every step."""
-        return self.start <= 0 and self.end >= 1
-
-    def covers(self, done: float) -> bool:
-        """Whether the LoRA acts at the step before which `done`, 0 to below 1, of the steps lies behind."""
-        return self.start - SPAN_TOLERANCE <= done < self.end - SPAN_TOLERANCE
-
-    def as_json(self) -> dict[str, float]:
-        """Nothing where the LoRA acts at every step, as in most requests."""
-        return {} if self.is_whole else {"start": self.start, "end": self.end}
-
-
-@dataclass(frozen=True)
-class LoraSpec:
-    """One entry of the request's `loras`, before anything is downloaded. `index` is its place in the request.
-
-    `name` is a file name without a folder, under which the file is kept as well; empty = only under the worker's own.
-    `tag` is how sentences call a LoRA that a tag in the prompt names, and which has no place in `loras`.
-    """
-
-    reference: str
-    scale: LoraScale = field(default_factory=LoraScale)
-    index: int = 0
-    name: str = ""
-    tag: str = ""
-    span: LoraSpan = LoraSpan()
-
-    @property
-    def label(self) -> str:
-        """What sentences call it."""
-        return f"the tag {self.tag}" if self.tag else f"loras[{self.index}]"
-
-
-@dataclass(frozen=True)
-class EmbeddingSpec:
-    """One entry of the request's `embeddings`, before anything is downloaded. `index` is its place in the request.
-
-    `token` is what stands for it in a prompt; empty = the file's name without its ending.
-    """
-
-    reference: str
-    token: str = ""
-    index: int = 0
-
-    @property
-    def label(self) -> str:
-        """What sentences call it."""
-        return f"embeddings[{self.index}]"
 
 
 def reference_list(limit: int) -> Check:
@@ -191,6 +114,14 @@ def _seeds(value: list[int] | None) -> tuple[int, ...]:
     return tuple(_seed(seed) for seed in value or ())
 
 
+def _float_or_none(value: float | None) -> float | None:
+    return None if value is None else float(value)
+
+
+def _extend_or_none(value: dict[str, int] | None) -> Extend | None:
+    return Extend(**value) if value and any(value.values()) else None
+
+
 def _seed(value: int | None) -> int:
     return secrets.randbits(RANDOM_SEED_BITS) if value in (None, -1) else value
 
@@ -202,9 +133,9 @@ class GenerationRequest:
     Sizes are in pixels. A negative_prompt of None gives another picture than "". `prompts` and `seeds` are one for each
     picture: the former stand in place of `prompt`, and the first of the latter is `seed`. No seed is negative.
     `scheduler` and `schedule_type` are the names of the tables in schedulers.py. `strength` is used with a picture
-    only. `image` means the same as `image_url`. `loras` and `embeddings` are the usable entries; `..._requested` says
-    that the request had some, usable or not; `given` names the input's fields that it did not leave out or null.
-    Values made directly are not checked.
+    only. `image` means the same as `image_url`, and `mask` as `mask_url`; width and height are the answer's, `extend`
+    included. `loras` and `embeddings` are the usable entries; `..._requested` says that the request had some, usable
+    or not; `given` names the input's fields that it did not leave out or null. Values made directly are not checked.
     """
 
     prompt: str = _input(or_null(text(MAX_PROMPT_CHARACTERS)), None, lambda value: value or "")
@@ -225,7 +156,14 @@ class GenerationRequest:
     num_images: int = _input(whole(1, MAX_IMAGES), 1)
     image_url: str | None = _input(or_null(picture()), None, _none_if_empty)
     image: str | None = _input(or_null(picture()), None, _none_if_empty)
-    strength: float = _input(number(0, 1), 0.3, float)
+    mask_url: str | None = _input(or_null(picture()), None, _none_if_empty)
+    mask: str | None = _input(or_null(picture()), None, _none_if_empty)
+    mask_blur: float = _input(number(0, MAX_MASK_BLUR), 4.0, float)
+    invert_mask: bool = _input(switch(), False)
+    inpaint_full_res: bool = _input(switch(), False)
+    inpaint_padding: int = _input(whole(0, MAX_INPAINT_PADDING), 32)
+    extend: Extend | None = _input(or_null(sides(MAX_SIDE, SIDE_STEP)), None, _extend_or_none)
+    strength: float | None = _input(or_null(number(0, 1)), None, _float_or_none)
     refiner_inference_steps: int | None = _input(or_null(whole(0, 1000)), None)
     high_noise_frac: float | None = _input(or_null(number(0, 1)), None)
     loras: tuple[LoraSpec, ...] = _input(or_null(reference_list(MAX_LORAS)), None, lambda _: ())
@@ -253,9 +191,21 @@ class GenerationRequest:
         """True for everything but text-to-image."""
         return "image_url" in self.pictures
 
+    @property
+    def is_inpainting(self) -> bool:
+        """True when a part of the picture, or what lies beyond it, is drawn."""
+        return "mask_url" in self.pictures or self.extend is not None
+
+    @property
+    def denoising_strength(self) -> float:
+        """`strength`, or what it is when the request does not say."""
+        if self.strength is not None:
+            return self.strength
+        return default_strength(masked="mask_url" in self.pictures, extended=self.extend is not None)
+
 
 # The pictures that a request may bring, each by the name that the worker has for it, with the fields that may hold it.
-PICTURE_FIELDS: dict[str, tuple[str, ...]] = {"image_url": ("image_url", "image")}
+PICTURE_FIELDS: dict[str, tuple[str, ...]] = {"image_url": ("image_url", "image"), "mask_url": ("mask_url", "mask")}
 
 # The fields with an entry for each picture.
 PER_PICTURE = ("prompts", "seeds")

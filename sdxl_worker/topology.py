@@ -86,16 +86,24 @@ SCHEDULER_CONFIG = {
 
 
 def build_sdxl(
-    size: SdxlSize = TINY, *, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0
+    size: SdxlSize = TINY,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    seed: int = 0,
+    in_channels: int = 4,
 ) -> StableDiffusionXLPipeline:
-    """A StableDiffusionXLPipeline with random weights, the same bits for the same arguments; global RNG untouched."""
+    """A StableDiffusionXLPipeline with random weights, the same bits for the same arguments; global RNG untouched.
+
+    `in_channels` are the UNet's: 9 for an inpainting checkpoint.
+    """
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     with torch.random.fork_rng(devices=[device] if device.startswith("cuda") else []):
         torch.manual_seed(seed)
         with _default_dtype(dtype), torch.device(device):
-            unet, vae = _unet(size), _vae(size)
+            unet, vae = _unet(size, in_channels), _vae(size)
             text_encoder = CLIPTextModel(_text_config(size, size.text, "quick_gelu"))
             text_encoder_2 = CLIPTextModelWithProjection(_text_config(size, size.text_2, "gelu"))
     tokenizer, tokenizer_2 = tokenizers()
@@ -170,11 +178,12 @@ def _default_dtype(dtype: torch.dtype):
         torch.set_default_dtype(before)
 
 
-def _unet(size: SdxlSize):
+def _unet(size: SdxlSize, in_channels: int = 4):
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
         sample_size=size.sample_size,
+        in_channels=in_channels,
         block_out_channels=size.unet_channels,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from itertools import islice
 from typing import Any
 
-from sdxl_worker import work
+from sdxl_worker import picture_rules, work
 from sdxl_worker.data_uris import is_data_uri
 from sdxl_worker.embedding_entries import parse_embedding_entries
 from sdxl_worker.errors import InvalidRequest
@@ -35,7 +35,7 @@ def validate_request(raw: Any) -> GenerationRequest:
     if is_larger(raw, MAX_INPUT_CHARACTERS):
         raise InvalidRequest(f"input holds more than {MAX_INPUT_CHARACTERS} characters")
     problems = _field_problems(raw)
-    values = {**{name: field.default for name, field in FIELDS.items()}, **raw}
+    values = picture_rules.resolved({**{name: field.default for name, field in FIELDS.items()}, **raw}, problems)
     values["num_images"] = raw.get("num_images", _number_of_pictures(values, problems))
     given = frozenset(name for name, value in raw.items() if value is not None)
     sampling = resolve(values, given, problems)
@@ -94,15 +94,9 @@ def _field_problems(raw: Mapping[str, Any]) -> dict[str, str]:
 def combined_problems(values: Mapping[str, Any], bad: Collection[str] = ()) -> list[str]:
     """What is wrong with fields that are each good on their own; `bad` are those that are not."""
     problems = sampling_problems(values, bad)
-    image = _given_of(values, "image_url")
-    if not {*work.FIELDS, *image} & set(bad):
-        problems += work.problems(values, to_image=bool(image))
-    steps, strength = values["num_inference_steps"], values["strength"]
-    to_image = not {*image, "num_inference_steps", "strength"} & set(bad) and image
-    if to_image and strength > 0 and int(steps * strength) < 1:
-        problems.append(f"num_inference_steps x strength must be at least 1 with {image[0]}")
-    both = [of for name in PICTURE_FIELDS if len(of := _given_of(values, name)) > 1]
-    return problems + [f"{' and '.join(names)} mean the same: give one of them" for names in both]
+    if not {*work.FIELDS, *PICTURE_FIELDS["image_url"]} & set(bad):
+        problems += work.problems(values, to_image=picture_rules.starts_from_picture(values))
+    return problems + picture_rules.problems(values, bad)
 
 
 def _number_of_pictures(values: Mapping[str, Any], bad: Collection[str]) -> int:
@@ -129,17 +123,10 @@ def _per_picture_problems(values: Mapping[str, Any], bad: Collection[str]) -> li
     return problems
 
 
-def _given_of(values: Mapping[str, Any], picture: str) -> list[str]:
-    """Which of the fields that may hold this picture do."""
-    return [field for field in PICTURE_FIELDS[picture] if values[field]]
-
-
 def _ignored(values: Mapping[str, Any], raw: Mapping[str, Any]) -> tuple[str, ...]:
     warnings = [
         f"{name} has no effect: this worker has no refiner"
         for name in ("refiner_inference_steps", "high_noise_frac")
         if values[name] is not None
     ]
-    if "strength" in raw and not _given_of(values, "image_url"):
-        warnings.append("strength has no effect without image_url")
-    return tuple(warnings)
+    return (*warnings, *picture_rules.ignored(values, raw))

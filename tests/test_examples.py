@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from pathlib import Path
@@ -19,6 +18,7 @@ from sdxl_worker.validation import validate_request
 from sdxl_worker.worker import Worker
 from tests.support import http_server as on
 from tests.support.embedding_files import save_embedding, vectors
+from tests.support.hostile_pictures import saved
 from tests.support.http_server import FileServer
 from tests.support.readme import README, ROOT
 
@@ -45,12 +45,13 @@ def test_an_example_is_valid_as_it_stands(path: Path) -> None:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch):
-    """Serves a small picture."""
+    """Serves a small picture, and a mask for it."""
     monkeypatch.setenv("RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS", "true")
-    file = io.BytesIO()
-    Image.new("RGB", (80, 64), "teal").save(file, "PNG")
+    start, mask = Image.new("RGB", (80, 64), "teal"), Image.new("L", (80, 64), 0)
+    mask.paste(255, (20, 20, 60, 44))
     with FileServer() as running:
-        running.add("/start.png", on.whole(file.getvalue()))
+        running.add("/image_url.png", on.whole(saved(start, "PNG")))
+        running.add("/mask_url.png", on.whole(saved(mask, "PNG")))
         yield running
 
 
@@ -58,8 +59,7 @@ def server(monkeypatch: pytest.MonkeyPatch):
 def test_an_example_renders(path: Path, pipeline, engine, server: FileServer, tmp_path: Path, monkeypatch) -> None:
     """Small, in a few steps, with the tiny model's LoRA and a local picture in place of those of the internet."""
     fields = load(path) | {"width": 64, "height": 64, "num_inference_steps": 4}
-    if "image_url" in fields:
-        fields["image_url"] = f"{server.origin}/start.png"
+    fields |= {name: f"{server.origin}/{name}.png" for name in ("image_url", "mask_url") if name in fields}
     for lora in fields.get("loras", []):
         lora["path"] = EXAMPLE_LORA
     if "prompt" in fields:
@@ -81,17 +81,8 @@ def test_an_example_renders(path: Path, pipeline, engine, server: FileServer, tm
 
 
 def test_the_readme_leads_to_the_examples() -> None:
-    assert [
-        name
-        for name in (
-            "lora",
-            "image_to_image",
-            "worker_sdxl",
-            "embedding",
-            "lora_tags",
-            "lora_steps",
-            "seeds",
-            "prompts",
-        )
-        if f"examples/{name}.json" not in README
-    ] == []
+    led_to = (
+        *("lora", "image_to_image", "worker_sdxl", "embedding", "lora_tags", "lora_steps", "seeds", "prompts"),
+        *("inpaint", "inpaint_full_res", "inpaint_data_uris", "outpaint"),
+    )
+    assert [name for name in led_to if f"examples/{name}.json" not in README] == []

@@ -31,7 +31,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         *("text", "background", "masking", "data_uris", "checks", "errors", "settings", "schedulers", "logs"),
         *("sampler_names", "sampling", "work"),
-        *("entries", "lora_entries", "embedding_entries", "prediction_marks", "request", "validation"),
+        *("request_values", "entries", "lora_entries", "embedding_entries", "prediction_marks", "request"),
+        *("picture_rules", "validation"),
     ),
     ("job_run",),
     ("assets",),

@@ -61,7 +61,7 @@ def test_request_table_names_the_fields_and_defaults_of_the_schema() -> None:
 
 
 def test_request_table_names_the_types() -> None:
-    words = {str: "string", int: "integer", float: "number", list: "list", bool: "boolean"}
+    words = {str: "string", int: "integer", dict: "object", float: "number", list: "list", bool: "boolean"}
     for row in readme_table("Request", "Field"):
         name = unquoted(row["Field"])
         word, _, null = row["Type"].partition(" or ")
@@ -177,7 +177,7 @@ def test_what_is_left_out_of_a_request_of_worker_sdxl() -> None:
         assert unquoted(rows[name]["This worker"]) == str(schemas.INPUT_SCHEMA[name]["default"])
     example = json.loads((ROOT / "examples" / "worker_sdxl.json").read_text())["input"]
     assert original.items() <= example.items()
-    assert schemas.INPUT_SCHEMA["strength"]["default"] == float(rows["strength"]["worker-sdxl"])
+    assert schemas.validate_request({"prompt": "a"}).denoising_strength == float(rows["strength"]["worker-sdxl"])
 
 
 def test_limits_are_those_of_the_schema() -> None:
@@ -211,6 +211,8 @@ def boundaries(span: str) -> list[tuple[Any, Any]]:
         low, high, step = int(match[2]), int(match[3]), int(match[4] or 1)
         first = (low + 0.01, low) if match[1] else (low, low - step)
         return [first, (high, high + step), *([(low + step, low + 1)] if step > 1 else [])]
+    if span == "`left`, `top`, `right`, `bottom`":
+        return [({name: 8}, {name: 4}) for name in re.findall(r"\w+", span)] + [({}, {"above": 8})]
     if span == "an http or https URL, or a data URI":
         pairs = [("https://example.com/a.png", "ftp://example.com/a.png")]
         return [*pairs, ("data:image/png;base64,AAAA", "data:image/png,AAAA")]

@@ -11,7 +11,7 @@ from runpod.serverless.utils.rp_validator import validate
 
 from schemas import INPUT_SCHEMA, validate_request
 from sdxl_worker.errors import InvalidRequest
-from sdxl_worker.request import FIELDS, LoraScale, LoraSpan, LoraSpec
+from sdxl_worker.request import FIELDS, Extend, LoraScale, LoraSpan, LoraSpec
 
 GOOD = {"prompt": "a lighthouse"}
 SURROGATE = "\ud800"
@@ -51,6 +51,11 @@ def test_every_field_arrives_as_it_was_asked_for():
         "guidance_scale": 2.5,
         "num_images": 4,
         "image_url": "https://example.com/a.png",
+        "mask_url": "https://example.com/b.png",
+        "mask_blur": 2.5,
+        "invert_mask": True,
+        "inpaint_full_res": True,
+        "inpaint_padding": 7,
         "strength": 0.75,
         "refiner_inference_steps": 9,
         "high_noise_frac": 0.5,
@@ -58,8 +63,8 @@ def test_every_field_arrives_as_it_was_asked_for():
         "output_quality": 37,
         "preview": True,
     }
-    # Another name of image_url has a test of its own.
-    assert set(FIELDS) == {*asked, "prompts", "seeds", "loras", "embeddings", "image"}
+    # Other names of these, and what does not go together with them, have tests of their own.
+    assert set(FIELDS) == {*asked, "prompts", "seeds", "loras", "embeddings", "image", "mask", "extend"}
     arrived = asdict(validate_request(asked))
     assert {name: arrived[name] for name in asked} == asked
 
@@ -379,6 +384,68 @@ def test_a_picture_is_a_url_or_a_data_uri(field):
     for bad in ("data:", "data:image/png,AAAA", "data:image/png;base64 ,AAAA", "data:" + "a" * 201 + ";base64,A"):
         assert problem(**{field: bad}) == f"{field} must be a data URI in base64 (data:image/png;base64,...)"
     assert problem(**{field: "iVBORw0KGgo="}).startswith(f"{field} must be an http or https URL or a data URI")
+
+
+def test_what_a_mask_needs():
+    mask, image = {"mask": "https://a/b.png"}, {"image": "https://a/c.png"}
+    assert problem(**mask) == "mask needs image_url, the picture that it is for"
+    assert problem(extend={"left": 8}) == "extend needs image_url, the picture that it is for"
+    assert validate_request({**GOOD, "extend": {"left": 0}}).extend is None
+    assert validate_request({**GOOD, **mask, **image}).warnings == ()
+    unused = {"invert_mask": True, "inpaint_full_res": True, "mask_blur": 1, "inpaint_padding": 4}
+    assert [line.split()[0] for line in validate_request({**GOOD, **image, **unused}).warnings] == [
+        *("invert_mask", "inpaint_full_res", "mask_blur")
+    ]
+    assert validate_request({**GOOD, **image, **mask, "inpaint_padding": 4}).warnings == (
+        "inpaint_padding has no effect without inpaint_full_res",
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "strength"),
+    [
+        ({}, 0.3),
+        ({"strength": None}, 0.3),
+        ({"mask": "https://a/b.png"}, 0.75),
+        ({"extend": {"left": 8}}, 0.9),
+        ({"mask_url": "https://a/b.png", "extend": {"left": 8}}, 0.9),
+        ({"mask": "https://a/b.png", "strength": 0}, 0.0),
+        ({"mask": "", "extend": {}}, 0.3),
+    ],
+)
+def test_how_much_is_redrawn_when_nothing_is_said(fields, strength):
+    assert validate_request({**GOOD, "image_url": "https://a/c.png", **fields}).denoising_strength == strength
+
+
+def test_an_extension_adds_to_the_answer_s_size():
+    fields = {**GOOD, "image": "https://a/b.png", "width": 512, "height": 768, "extend": {"left": 64, "bottom": 128}}
+    request = validate_request(fields)
+    assert (request.width, request.height, request.extend) == (576, 896, Extend(left=64, bottom=128))
+    assert validate_request({**fields, "extend": {"right": 1536}}).width == 2048
+    assert problem(**{**fields, "extend": {"right": 1544}}) == "width with extend is 2056 and must be at most 2048"
+    assert "height with extend is 2816" in problem(**{**fields, "extend": {"top": 2048}})
+    # Work is counted for what is drawn.
+    work = {**fields, "extend": {"right": 512}, "num_inference_steps": 200, "num_images": 2}
+    assert "(1024 x 768 x 180) x 2 = 283115520 and" in problem(**work)
+
+
+def test_an_extension_does_not_go_with_the_full_resolution():
+    fields = {"image": "https://a/b.png", "mask": "https://a/c.png", "inpaint_full_res": True, "extend": {"top": 8}}
+    assert problem(**fields).startswith("extend and inpaint_full_res do not go together")
+
+
+@pytest.mark.parametrize(
+    ("extend", "says"),
+    [
+        ([8], "extend must be an object with left, top, right, bottom in pixels, not a list"),
+        ({"left": 8, "above": 8}, "extend may have left, top, right, bottom, not 'above'"),
+        ({"left": 12}, "extend has a left that must be a whole number from 0 to 2048 and a multiple of 8, not 12"),
+        ({"top": True}, "extend has a top that must be a whole number"),
+        ({"top": -8}, "extend has a top that must be a whole number"),
+    ],
+)
+def test_an_extension_is_in_whole_latents(extend, says):
+    assert problem(image="https://a/b.png", extend=extend).startswith(says)
 
 
 def test_a_picture_is_given_once():

@@ -66,8 +66,7 @@ def infotext(
     if model_hash:
         facts["Model hash"] = model_hash
     facts["Model"] = safe_name(model_name(model_id))
-    if request.starts_from_picture:
-        facts["Denoising strength"] = f"{request.strength:g}"
+    facts |= _picture_facts(request)
     if request.clip_skip != DEFAULT_CLIP_SKIP:
         facts["Clip skip"] = request.clip_skip
     if request.prompt_syntax == "a1111" and request.prompt_emphasis == "no_norm":
@@ -85,6 +84,19 @@ def infotext(
             facts[name] = json.dumps(", ".join(f"{of}: {short}" for of, short in hashes), ensure_ascii=False)
     lines.append(", ".join(f"{name}: {value}" for name, value in facts.items()))
     return "\n".join(lines)
+
+
+def _picture_facts(request: GenerationRequest) -> dict[str, str | int]:
+    if not request.starts_from_picture:
+        return {}
+    facts: dict[str, str | int] = {"Denoising strength": f"{request.denoising_strength:g}"}
+    if request.is_inpainting and request.mask_blur:
+        facts["Mask blur"] = f"{request.mask_blur:g}"
+    if "mask_url" in request.pictures and request.invert_mask:
+        facts["Mask mode"] = "Inpaint not masked"
+    if "mask_url" in request.pictures and request.inpaint_full_res:
+        facts |= {"Inpaint area": "Only masked", "Masked area padding": request.inpaint_padding}
+    return facts
 
 
 def model_name(model_id: str) -> str:

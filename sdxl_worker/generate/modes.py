@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image, ImageOps
 
+from sdxl_worker.errors import InvalidRequest
+from sdxl_worker.generate import inpaint
+from sdxl_worker.generate.checkpoint_facts import INPAINTING_CHANNELS
 from sdxl_worker.request import GenerationRequest
 
 if TYPE_CHECKING:
@@ -100,6 +103,14 @@ def mode_for(inputs: Inputs) -> Mode:
     return MODES[frozenset(inputs)]
 
 
+def check_model(pipeline: StableDiffusionXLPipeline, request: GenerationRequest) -> None:
+    """Raise InvalidRequest for what the base model cannot draw: an inpainting checkpoint wants a picture and a mask."""
+    if pipeline.unet.config.in_channels == INPAINTING_CHANNELS and not request.is_inpainting:
+        raise InvalidRequest(
+            "this worker's base model is an inpainting checkpoint: it needs image_url, and mask_url or extend"
+        )
+
+
 def fitted(image: Image.Image, request: GenerationRequest) -> Image.Image:
     """`image` (any mode and size) as RGB, scaled and cropped in its middle to the request's width and height."""
     size = (request.width, request.height)
@@ -111,15 +122,22 @@ def _text_arguments(request: GenerationRequest, _inputs: Inputs) -> dict[str, An
 
 
 def _image_arguments(request: GenerationRequest, inputs: Inputs) -> dict[str, Any]:
-    return {"image": fitted(inputs["image_url"], request), "strength": request.strength}
+    return {"image": fitted(inputs["image_url"], request), "strength": request.denoising_strength}
 
 
 def _image_finished(request: GenerationRequest, inputs: Inputs) -> Image.Image | None:
-    return fitted(inputs["image_url"], request) if request.strength == 0 else None
+    return fitted(inputs["image_url"], request) if request.denoising_strength == 0 else None
 
 
 _ALL = (
     Mode(frozenset(), "StableDiffusionXLPipeline", _text_arguments),
     Mode(frozenset({"image_url"}), "StableDiffusionXLImg2ImgPipeline", _image_arguments, _image_finished),
+    Mode(
+        frozenset({"image_url", "mask_url"}),
+        "StableDiffusionXLInpaintPipeline",
+        inpaint.arguments,
+        inpaint.finished,
+        inpaint.completed,
+    ),
 )
 MODES: Mapping[frozenset[str], Mode] = MappingProxyType({mode.needs: mode for mode in _ALL})

@@ -11,7 +11,7 @@ from sdxl_worker import prompts
 from sdxl_worker.generate import prediction
 from sdxl_worker.generate.infotext import Used, image_seed
 from sdxl_worker.generate.input_image import fetch_inputs
-from sdxl_worker.generate.modes import Inputs
+from sdxl_worker.generate.modes import Inputs, check_model
 from sdxl_worker.lora.ready import ReadyLora, make_ready
 from sdxl_worker.prompts.embeddings import Embedding, PromptEmbeddings
 from sdxl_worker.prompts.ready import make_ready as make_embeddings_ready
@@ -77,6 +77,7 @@ def prepare(
 
     Raises InvalidRequest, FetchError, AssetFileError and Cancelled.
     """
+    check_model(pipeline, request)
     if not request.embeddings:
         # As soon as it can be told; with embeddings only they say how long the prompts are.
         prompts.examined(pipeline, request)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL.Image import Image
 
 from sdxl_worker import prompts
 from sdxl_worker.errors import GenerationError
@@ -20,7 +21,6 @@ from sdxl_worker.request import GenerationRequest
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
-    from PIL.Image import Image
 
 StepCallback = Callable[[int, int, torch.Tensor], None]
 BeforeStep = Callable[[float], None]
@@ -38,10 +38,10 @@ def render(
     """`request.num_images` RGB pictures of request.width x request.height pixels.
 
     Picture i is the one of its `image_seed` and prompt, so each can be asked for again on its own; several are drawn at
-    once as far as the free memory reaches, and fewer where that was too many. `inputs` are the pictures (any size) to
-    start from, by the request's field; they choose the mode. `embeddings` finds the words of the prompts that have
-    vectors of their own. `on_step(step, total_steps, latents)` follows each step, counted over all batches and passes
-    and never falling; latents are (pictures of the batch, 4, height / 8, width / 8) in the UNet's dtype.
+    once as far as the free memory reaches, and fewer where that was too many. `inputs` are the pictures to
+    start from, as `fetch_inputs` gives them; they choose the mode. `embeddings` finds the words of the prompts that
+    have vectors of their own. `on_step(step, total_steps, latents)` follows each step, counted over all batches and
+    passes and never falling; latents are (pictures of the batch, 4, height / 8, width / 8) in the UNet's dtype.
     `before_step(done)` comes before each call of the UNet; `done` is the share of its pass's steps that lies behind,
     from 0 up to below 1: of a step that calls it twice, both calls get the same. An exception raised in either stops
     the run and propagates. The pipeline is left as it was. Raises
@@ -113,7 +113,7 @@ class _Drawing:
     ) -> torch.Tensor:
         conditioning = step.conditioning or self.conditioning
         # What a pass says itself comes last.
-        arguments = {**conditioning.arguments(batch), **self._arguments(step)}
+        arguments = {**conditioning.arguments(batch), **_for_each(self._arguments(step), len(batch))}
         if step.image is not None:
             assert before is not None
             arguments["image"] = step.image(before)
@@ -145,3 +145,12 @@ class _Drawing:
             )
         processor = self.pipeline.image_processor
         return processor.numpy_to_pil(processor.pt_to_numpy(pixels))
+
+
+def _for_each(arguments: dict[str, Any], pictures: int) -> dict[str, Any]:
+    """The arguments with each picture among them given once for every picture of the batch.
+
+    Else StableDiffusionXLInpaintPipeline encodes it once, with noise of the first generator alone: the second picture
+    would not be that of its seed.
+    """
+    return {name: [value] * pictures if isinstance(value, Image) else value for name, value in arguments.items()}

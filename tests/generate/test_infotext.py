@@ -2,12 +2,13 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
 from sdxl_worker.generate.infotext import Used, image_seed, infotext, model_name
 from sdxl_worker.lora.used import UsedLora
-from sdxl_worker.request import GenerationRequest, LoraScale
+from sdxl_worker.request import Extend, GenerationRequest, LoraScale
 
 REQUEST = GenerationRequest(prompt="a cat", negative_prompt="blur", seed=2**64 - 1, scheduler="DPMSolverMultistep")
 LORA = UsedLora("0123456789ab_my: style, v2.safetensors", LoraScale.uniform(0.8), "c" * 10)
@@ -49,6 +50,19 @@ def test_no_negative_prompt_and_no_loras():
 def test_strength_is_there_for_image_to_image_only():
     request = GenerationRequest(prompt="a", image_url="https://a/b.png", strength=0.4)
     assert settings_of(infotext(request, 0, "tiny"))["Denoising strength"] == "0.4"
+
+
+def test_what_was_inpainted_is_said_in_a1111_s_words():
+    masked = GenerationRequest("a", image="data:,", mask_url="https://a/b.png")
+    settings = settings_of(infotext(masked, 0, "tiny"))
+    assert (settings["Denoising strength"], settings["Mask blur"]) == ("0.75", "4")
+    assert not {"Mask mode", "Inpaint area", "Masked area padding"} & set(settings)
+    request = replace(masked, mask_blur=2.5, invert_mask=True, inpaint_full_res=True)
+    settings = settings_of(infotext(request, 0, "tiny"))
+    assert (settings["Mask blur"], settings["Mask mode"]) == ("2.5", "Inpaint not masked")
+    assert (settings["Inpaint area"], settings["Masked area padding"]) == ("Only masked", "32")
+    beyond = settings_of(infotext(GenerationRequest("a", image="data:,", extend=Extend(8)), 0, "tiny"))
+    assert (beyond["Denoising strength"], beyond["Mask blur"]) == ("0.9", "4")
 
 
 def test_a_scale_per_part():

@@ -31,7 +31,7 @@ from sdxl_worker.errors import AssetFileError, FetchError, InvalidRequest, Worke
 from sdxl_worker.logs import masked
 from sdxl_worker.settings import Settings
 from sdxl_worker.worker import Worker
-from tests.hostile import pictures, requests, servers
+from tests.hostile import masks, pictures, requests, servers
 from tests.hostile.case import SECRET, Case, job
 from tests.hostile.loras import Loras
 from tests.hostile.measure import peak_mb, reset_peak, resident_mb, timed
@@ -73,7 +73,7 @@ class Hung(Exception):
 class Arena:
     """A tiny worker with a cache folder of its own under `folder`, and a server; use as a context manager."""
 
-    FAMILIES = ("requests", "loras", "pictures", "servers")
+    FAMILIES = ("requests", "loras", "pictures", "masks", "servers")
 
     def __init__(self, folder: Path, *, pickles: float = 0.02) -> None:
         self.server, self._sites = FileServer(), FileServer()
@@ -112,6 +112,7 @@ class Arena:
             "requests": requests.make,
             "loras": Loras(self.worker.pipeline.unet, self._pickles).make,
             "pictures": pictures.make,
+            "masks": masks.make,
             "servers": servers.make,
         }
         self._plain = self._pixels()

@@ -26,6 +26,7 @@ FIELDS = (
         "num_images",
         "image_url",
         "image",
+        *("mask_url", "mask", "mask_blur", "invert_mask", "inpaint_full_res", "inpaint_padding", "extend"),
         "strength",
         "refiner_inference_steps",
         "high_noise_frac",

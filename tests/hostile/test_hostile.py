@@ -8,7 +8,7 @@ from tests.hostile.arena import Arena
 
 SEED = 1
 # As many as half a minute on one core allows; `python -m tests.hostile` runs more.
-CASES = {"requests": 150, "loras": 100, "pictures": 80, "servers": 60}
+CASES = {"requests": 150, "loras": 100, "pictures": 80, "masks": 60, "servers": 60}
 FEW = 10
 
 

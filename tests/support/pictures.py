@@ -31,6 +31,13 @@ def by_diffusers(pipeline: Any, scheduler_class: str, *, seeds: tuple[int, ...] 
         pipeline.scheduler = resident
 
 
+def inpainting(pipeline: Any) -> Any:
+    """Diffusers' inpainting pipeline on the components of `pipeline`."""
+    view = diffusers.StableDiffusionXLInpaintPipeline.from_pipe(pipeline)
+    view.set_progress_bar_config(disable=True)
+    return view
+
+
 def image_to_image(pipeline: Any) -> Any:
     """Diffusers' image-to-image pipeline on the components of `pipeline`."""
     view = diffusers.StableDiffusionXLImg2ImgPipeline.from_pipe(pipeline)
