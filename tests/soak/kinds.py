@@ -1,0 +1,160 @@
+"""The sorts of jobs that a soak mixes: every mode, with cancels, bad pictures and failures among them."""
+
+from __future__ import annotations
+
+import base64
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from sdxl_worker.topology import EXAMPLE_LORA
+from tests.soak.faults import BREAKS, NEVER_FITS, NOT_A_NUMBER, TWO_FIT
+from tests.support.http_server import FileServer, cut, drip, status, whole
+
+SMALL = {"prompt": "a lighthouse", "width": 64, "height": 64, "num_inference_steps": 4, "seed": 1}
+# Takes minutes unless it is stopped: whoever has seen it denoise has time to do so.
+ENDLESS = {"width": 512, "height": 512, "num_inference_steps": 200}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A sort of job: its input, and what has to come of it: `pictures`, the code of an error, or nothing.
+
+    With `stop_at` it is stopped once it has reported that stage, and that step of it.
+    """
+
+    name: str
+    fields: Any
+    pictures: int = 1
+    error: str = ""
+    stop_at: str = ""
+    step: int = 0
+
+
+def kinds(server: FileServer, cache: Path) -> list[Kind]:
+    """All of them; `server` then serves what they name by URL, and `cache` holds what they name as a file."""
+    url = _serve(server, (cache / EXAMPLE_LORA).read_bytes())
+    save_file({"clip_l": torch.ones(2, 16), "clip_g": torch.ones(2, 24)}, cache / "odd.safetensors")
+    return [
+        *_text_to_image(url),
+        *_image_to_image(url),
+        *_several(),
+        *_stopped(url),
+        *_failures(url),
+    ]
+
+
+def _serve(server: FileServer, lora: bytes) -> str:
+    start = _png(Image.linear_gradient("L").convert("RGB").resize((96, 80)))
+    server.add("/start.png", whole(start))
+    server.add("/half.png", whole(start[: len(start) // 2]))
+    server.add("/cut.png", cut(start, after=len(start) // 2))
+    server.add("/page.png", status(200, b"<html>not here</html>", content_type="text/html"))
+    server.add("/style.safetensors", whole(lora))
+    server.add("/page.safetensors", status(200, b"<html>not here</html>", content_type="text/html"))
+    server.add("/slow.safetensors", drip(lora[:2000]))
+    return server.origin
+
+
+def _png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _data_uri(content: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
+
+
+def _drawn(name: str, pictures: int = 1, **fields: Any) -> Kind:
+    return Kind(name, {**SMALL, **fields}, pictures)
+
+
+def _fails(name: str, error: str, **fields: Any) -> Kind:
+    return Kind(name, {**SMALL, **fields}, error=error)
+
+
+def _text_to_image(url: str) -> list[Kind]:
+    tags: dict[str, Any] = {"prompt_syntax": "a1111"}
+    return [
+        _drawn("plain"),
+        _drawn("other seed", seed=2),
+        _drawn("lora", loras=[{"path": EXAMPLE_LORA, "scale": 0.8}]),
+        _drawn("lora inverted", loras=[{"path": EXAMPLE_LORA, "scale": -1}]),
+        _drawn("two loras", loras=[{"path": EXAMPLE_LORA, "scale": 0.5}, f"{url}/style.safetensors"]),
+        _drawn("lora on the first steps", loras=[{"path": EXAMPLE_LORA, "end": 0.5}]),
+        _drawn(
+            "loras one after the other",
+            loras=[{"path": EXAMPLE_LORA, "end": 0.5}, {"path": EXAMPLE_LORA, "start": 0.5, "scale": -1}],
+        ),
+        _drawn("lora tag", prompt="a house <lora:tiny-example:0.4:0.9>", **tags),
+        _drawn("weights", prompt="a (red:1.4) house BREAK in [snow]", negative_prompt="(fog:1.2)", **tags),
+        _drawn("long prompt", prompt="fog over the sea, " * 20, **tags),
+        _drawn("embedding", prompt="an odd house", embeddings=["odd"], **tags),
+        _drawn("clip skip", clip_skip=1),
+        _drawn("Heun Karras", scheduler="Heun", schedule_type="karras"),
+        _drawn("DPM++ SDE", scheduler="DPM++ SDE"),
+        _drawn("DPM++ 2M SGM", scheduler="DPM++ 2M", schedule_type="sgm_uniform"),
+        _drawn("webp with previews", output_format="webp", preview=True),
+        Kind("inspection", {**SMALL, "prompt": "a (cat:1.3)", "inspect_prompt": True, **tags}, pictures=0),
+    ]
+
+
+def _image_to_image(url: str) -> list[Kind]:
+    picture = Image.radial_gradient("L").resize((70, 90))
+    return [
+        _drawn("image", image_url=f"{url}/start.png", strength=0.6),
+        _drawn("image with a lora", image_url=f"{url}/start.png", strength=0.6, loras=[EXAMPLE_LORA]),
+        _drawn("image brought along", image=_data_uri(_png(picture)), strength=0.6, prompt="a (dog:1.3)"),
+        _drawn("image given back", image_url=f"{url}/start.png", strength=0),
+    ]
+
+
+def _several() -> list[Kind]:
+    prompts = ["a cat", "a (cat:1.5)", "a dog BREAK snow", "a cat"]
+    return [
+        _drawn("eight pictures", 8, num_images=8),
+        _drawn("seeds", 3, seed=None, seeds=[5, 900, 5], loras=[EXAMPLE_LORA]),
+        _drawn("prompts", 4, prompt=None, prompts=prompts, prompt_syntax="a1111", negative_prompt="fog"),
+        _drawn("more than fit at once", 5, width=TWO_FIT, num_images=5),
+    ]
+
+
+def _stopped(url: str) -> list[Kind]:
+    endless = {**SMALL, **ENDLESS}
+    return [
+        Kind("stopped", endless, stop_at="denoising"),
+        Kind("stopped with a lora", {**endless, "loras": [EXAMPLE_LORA]}, stop_at="denoising"),
+        Kind(
+            "stopped between loras",
+            {**endless, "loras": [{"path": EXAMPLE_LORA, "start": 0.01}]},
+            stop_at="denoising",
+            step=3,
+        ),
+        Kind("stopped image", {**endless, "image_url": f"{url}/start.png", "strength": 1}, stop_at="denoising"),
+        Kind("stopped download", {**SMALL, "loras": [f"{url}/slow.safetensors"]}, stop_at="downloading"),
+    ]
+
+
+def _failures(url: str) -> list[Kind]:
+    return [
+        Kind("no input", None, error="INVALID_INPUT"),
+        _fails("no prompt", "INVALID_INPUT", prompt=None),
+        _fails("bad fields", "INVALID_INPUT", width=1001, foo="\ud800"),
+        _fails("seeds that do not fit", "INVALID_INPUT", seed=None, seeds=[1, 2], num_images=3),
+        _fails("no such lora", "LORA_NOT_FOUND", loras=["not-there"]),
+        _fails("lora that is a page", "NOT_A_LORA", loras=[f"{url}/page.safetensors"]),
+        _fails("lora outside", "LORA_REFERENCE", loras=["../outside"]),
+        _fails("half a picture", "INVALID_INPUT", image_url=f"{url}/half.png"),
+        _fails("picture that is a page", "INVALID_INPUT", image_url=f"{url}/page.png"),
+        _fails("picture that is not there", "INVALID_INPUT", image_url=f"{url}/missing.png"),
+        _fails("picture of junk", "INVALID_INPUT", image=_data_uri(b"no picture at all")),
+        _fails("not even one fits", "OUT_OF_MEMORY", width=NEVER_FITS, num_images=2),
+        _fails("breaks half-way", "INTERNAL", width=BREAKS, loras=[EXAMPLE_LORA]),
+        _fails("not a number", "GENERATION_FAILED", width=NOT_A_NUMBER, num_images=2),
+    ]

@@ -1,0 +1,41 @@
+"""The worker of a soak, in a process of its own: handler.py with faults, and its weights' hash first and last."""
+
+from __future__ import annotations
+
+import sys
+
+import aiohttp_retry
+
+import handler
+from tests.soak import faults
+from tests.support.lora_files import weight_hash
+
+FIRST, LAST = "soak: weights at first", "soak: weights at last"
+
+
+def main() -> int:
+    """Run until RunPod says SIGTERM."""
+    # An answer that is refused is sent again at once.
+    aiohttp_retry.FibonacciRetry.get_timeout = lambda *_, **__: 0.0  # type: ignore[method-assign]
+    worker = handler.process.worker
+    get_ready, close = worker.get_ready, worker.close
+
+    def ready() -> None:
+        get_ready()
+        faults.install(worker.pipeline.unet)
+        _tell(FIRST)
+
+    def closed() -> None:
+        _tell(LAST)
+        close()
+
+    def _tell(when: str) -> None:
+        sys.stdout.write(f"{when}: {weight_hash(worker.pipeline)}\n")
+        sys.stdout.flush()
+
+    worker.get_ready, worker.close = ready, closed  # type: ignore[method-assign]
+    return handler.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
