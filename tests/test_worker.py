@@ -116,7 +116,7 @@ def test_a_sampler_is_held_against_what_the_base_model_predicts(worker, monkeypa
     monkeypatch.setattr(worker.pipeline, "scheduler", zero_snr)
     assert "warnings" not in worker.run(job(scheduler="Euler"))
     assert "leaves out the zero terminal SNR" in worker.run(job(scheduler="LMS"))["warnings"][0]
-    error = worker.run(job(scheduler="DPM++ 2M Karras", num_inference_steps=28))["error"]
+    error = worker.run(job(scheduler="DPM++ 2M Beta", num_inference_steps=28))["error"]
     assert error.startswith(
         "INVALID_INPUT: with this base model (zero terminal SNR) scheduler DPMSolverMultistep takes"
     )

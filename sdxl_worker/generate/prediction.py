@@ -6,7 +6,6 @@ Zero terminal SNR and why it takes trailing timesteps: https://arxiv.org/abs/230
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from sdxl_worker.errors import InvalidRequest
@@ -19,11 +18,9 @@ if TYPE_CHECKING:
     from sdxl_worker.lora.ready import ReadyLora
     from sdxl_worker.request import GenerationRequest
 
-# From zero terminal SNR on the noise levels reach from 4096 to 0.03, and these schedules go most of their steps where
-# there is nothing to see yet. Of several levels diffusers then makes one timestep: the multistep samplers run out of
-# steps and raise; Euler has fractions of timesteps, and draws, but with Beta a blur.
-_OVER_LEVELS = ("karras", "exponential", "beta")
-_WRONG_FROM_ZERO_SNR: Mapping[str, tuple[str, ...]] = MappingProxyType({"EulerDiscreteScheduler": ("beta",)})
+# From zero terminal SNR on the noise levels reach from 4096 to 0.03. Diffusers spreads Beta over them and not over the
+# timesteps: nearly all of its steps are where there is nothing to see yet, and the picture is a blur.
+_BLURRED_FROM_ZERO_SNR = "beta"
 
 
 def wanted_prediction(setting: str, said: Prediction) -> Prediction | None:
@@ -52,8 +49,8 @@ def predicting(scheduler: SchedulerMixin, prediction: Prediction) -> SchedulerMi
 def notes_on_sampler(config: Mapping[str, Any], request: GenerationRequest) -> list[str]:
     """What to tell the caller of how the request's sampler fits `config`, that of the resident scheduler.
 
-    Raises InvalidRequest where the picture would be wrong: a prediction type that the sampler does not know, and
-    schedules over noise levels from zero terminal SNR on.
+    Raises InvalidRequest where the picture would be wrong: a prediction type that the sampler does not know, and Beta
+    from zero terminal SNR on.
     """
     scheduler = SCHEDULERS[request.scheduler]
     if config["prediction_type"] not in scheduler.prediction_types:
@@ -70,9 +67,8 @@ def notes_on_sampler(config: Mapping[str, Any], request: GenerationRequest) -> l
             f"scheduler {scheduler.name} leaves out the zero terminal SNR that this base model was trained with, so "
             f"that brightness and colours are a little off; these have it: {', '.join(fitting)}"
         ]
-    wrong = _WRONG_FROM_ZERO_SNR.get(scheduler.class_name, _OVER_LEVELS)
-    if request.schedule_type in wrong:
-        fitting = [AUTOMATIC, *(name for name in scheduler.schedules if name not in wrong)]
+    if request.schedule_type == _BLURRED_FROM_ZERO_SNR:
+        fitting = [AUTOMATIC, *(name for name in scheduler.schedules if name != request.schedule_type)]
         raise InvalidRequest(
             f"with this base model (zero terminal SNR) scheduler {scheduler.name} takes schedule_type "
             f"{', '.join(fitting)}, not {request.schedule_type}"

@@ -49,7 +49,7 @@ def make_scheduler(name: str, config: Mapping[str, Any], schedule_type: str = AU
     made = scheduler_class.from_config(
         dict(config), **{option: value for option, value in options.items() if option in taken}
     )
-    if made.config.get("use_beta_sigmas"):
+    if any(made.config.get(option) for option in _OWN_LEVELS):
         _start_at_the_first_step(made)
     return made
 
@@ -61,8 +61,9 @@ def seed(scheduler: SchedulerMixin, seeds: Sequence[int]) -> None:
 
 
 def _start_at_the_first_step(scheduler: SchedulerMixin) -> None:
-    """Begin with the first timestep where it stands twice in the list: Beta rounds two to 999 from 32 steps on.
+    """Begin with the first timestep where it stands twice in the list.
 
+    Beta rounds two to 999 from 32 steps on; so do Karras and Exponential from zero terminal SNR, from 21 steps on.
     Stock schedulers look it up and begin with the second, so that the last step finds no noise level.
     """
     stock = type(scheduler).set_timesteps

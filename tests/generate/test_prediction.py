@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import re
 from dataclasses import replace
@@ -17,6 +16,7 @@ from sdxl_worker.errors import InvalidRequest, ModelUnavailable
 from sdxl_worker.generate.load import load_pipeline
 from sdxl_worker.generate.prediction import notes_on_sampler
 from sdxl_worker.generate.render import render
+from sdxl_worker.generate.samplers import make_scheduler
 from sdxl_worker.request import GenerationRequest
 from sdxl_worker.schedulers import SCHEDULERS, scheduler_names
 from sdxl_worker.settings import Settings
@@ -157,31 +157,43 @@ def test_every_sampler_draws_and_those_that_leave_zero_snr_out_are_named(name: s
         assert f", {name}" not in note
 
 
-@pytest.mark.parametrize(
-    ("name", "schedule", "takes"),
-    [
-        ("K_EULER", "beta", "automatic, karras, exponential, sgm_uniform, simple, normal, ddim_uniform"),
-        ("DPMSolverMultistep", "karras", "automatic, sgm_uniform, simple, normal, ddim_uniform"),
-        ("DPM++ 2M SDE", "exponential", "automatic, sgm_uniform, simple, normal, ddim_uniform"),
-        ("UniPC", "beta", "automatic, sgm_uniform, simple, normal, ddim_uniform"),
-    ],
-)
-def test_a_schedule_that_fails_from_zero_snr_on_is_refused_with_those_that_do_not(name, schedule, takes, predicts_v):
-    request = replace(REQUEST, scheduler=name, schedule_type=schedule, num_inference_steps=28)
-    with pytest.raises(InvalidRequest, match=rf"{re.escape(name)} takes schedule_type {takes}, not {schedule}$"):
+@pytest.mark.parametrize("name", ["K_EULER", "DPMSolverMultistep", "DPM++ 2M SDE", "UniPC"])
+def test_beta_is_refused_from_zero_snr_on_with_what_the_sampler_takes(name, predicts_v):
+    request = replace(REQUEST, scheduler=name, schedule_type="beta")
+    takes = "automatic, karras, exponential, sgm_uniform, simple, normal, ddim_uniform"
+    with pytest.raises(InvalidRequest, match=rf"{re.escape(name)} takes schedule_type {takes}, not beta$"):
         notes_on_sampler(predicts_v.scheduler.config, request)
     assert notes_on_sampler({"prediction_type": "epsilon"}, request) == []
     assert notes_on_sampler({"prediction_type": "v_prediction"}, request) == []
 
 
-def test_every_schedule_that_is_taken_draws(predicts_v):
-    config = predicts_v.scheduler.config
-    for name in ("K_EULER", "DPMSolverMultistep", "UniPC"):
-        for schedule in SCHEDULERS[name].schedules:
-            request = replace(REQUEST, scheduler=name, schedule_type=schedule, num_inference_steps=20)
-            with contextlib.suppress(InvalidRequest):
-                notes_on_sampler(config, request)
-                assert len(render(predicts_v, request)) == 1
+@pytest.mark.parametrize("schedule", ["automatic", "karras", "exponential", "sgm_uniform", "normal", "ddim_uniform"])
+@pytest.mark.parametrize("name", ["K_EULER", "DPMSolverMultistep", "UniPC"])
+def test_every_other_schedule_leads_to_the_data(name: str, schedule: str):
+    """With the exact v for data of one mean and deviation, the samples come out so, however many steps there are.
+
+    Stock multistep solvers raise with Karras and Exponential from 21 steps on.
+    """
+    zero_snr = diffusers.DDIMScheduler(**BETAS, **V_ZERO_SNR).alphas_cumprod.double()
+
+    def exact(sample: torch.Tensor, time: float, mean: float = 1.5, deviation: float = 0.5) -> torch.Tensor:
+        position = min(max(float(time), 0.0), 999.0)
+        below = int(position)
+        signal = torch.lerp(zero_snr[below], zero_snr[min(below + 1, 999)], position - below)
+        a, b = signal.sqrt(), (1 - signal).sqrt()
+        data = mean + deviation**2 * a / (signal * deviation**2 + 1 - signal) * (sample.double() - a * mean)
+        return (a * (sample.double() - a * data) / b - b * data).float()
+
+    config = diffusers.EulerDiscreteScheduler(**BETAS, **V_ZERO_SNR).config
+    scheduler = make_scheduler(name, config, schedule)
+    scheduler.set_timesteps(28)
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randn((1, 4, 32, 32), generator=generator) * scheduler.init_noise_sigma
+    for time in scheduler.timesteps:
+        velocity = exact(scheduler.scale_model_input(sample, time), time)
+        sample = scheduler.step(velocity, time, sample).prev_sample
+    assert sample.mean().item() == pytest.approx(1.5, abs=0.03)
+    assert sample.std().item() == pytest.approx(0.5, abs=0.1)
 
 
 def test_a_sampler_that_does_not_know_what_the_model_predicts_is_refused():
