@@ -3,28 +3,49 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from types import MappingProxyType
 from typing import Any
 
 from sdxl_worker import data_uris
 from sdxl_worker.text import is_clean, shown
 
 MAX_URL_CHARACTERS = 4_096
+# More unknown keys of one object are not named.
+MAX_UNKNOWN = 5
 
 
 @dataclass(frozen=True)
 class Check:
     """Calling it gives what is wrong with a value, to be read after the value's name, or None.
 
-    `kind` is the type that a good value has (int passes where `kind` is float).
+    `kind` is the type that a good value has (int passes where `kind` is float); `parts` are the checks of an object's
+    keys.
     """
 
     kind: type
     problem: Callable[[Any], str | None]
+    parts: Mapping[str, Check] = field(default_factory=lambda: MappingProxyType({}))
 
     def __call__(self, value: Any) -> str | None:
         return self.problem(value)
+
+    def sentences(self, name: str, value: Any) -> list[str]:
+        """What is wrong with the value that has this name; a part of an object is called `name.part`."""
+        if self.parts and isinstance(value, dict):
+            unknown = islice((key for key in value if key not in self.parts), MAX_UNKNOWN)
+            known = ", ".join(self.parts)
+            return [
+                *(line for key in self.parts if key in value for line in self._of_part(name, key, value[key])),
+                *(f"{name} has the unknown key {shown(key)}; known are {known}" for key in unknown),
+            ]
+        problem = self(value)
+        return [f"{name} {problem}"] if problem else []
+
+    def _of_part(self, name: str, key: str, value: Any) -> list[str]:
+        return self.parts[key].sentences(f"{name}.{key}", value)
 
 
 def whole(low: int, high: int, step: int = 1) -> Check:
@@ -148,9 +169,21 @@ def switch() -> Check:
     return Check(bool, lambda value: None if isinstance(value, bool) else f"must be true or false, not {shown(value)}")
 
 
+def record(parts: Mapping[str, Check]) -> Check:
+    """An object that may have these keys and no others."""
+
+    def problem(value: Any) -> str | None:
+        if not isinstance(value, dict):
+            return f"must be an object with {', '.join(parts)}, not {shown(value)}"
+        wrong = Check(dict, lambda _: None, parts).sentences("its", value)
+        return wrong[0] if wrong else None
+
+    return Check(dict, problem, parts)
+
+
 def or_null(check: Check) -> Check:
     """None as well."""
-    return Check(check.kind, lambda value: None if value is None else check(value))
+    return Check(check.kind, lambda value: None if value is None else check(value), check.parts)
 
 
 def as_float(value: int | float) -> float:

@@ -29,6 +29,7 @@ from sdxl_worker.request_values import LoraSpec as LoraSpec
 from sdxl_worker.request_values import default_strength
 from sdxl_worker.sampler_names import find_schedule, find_scheduler
 from sdxl_worker.schedulers import AUTOMATIC, schedule_names, scheduler_names
+from sdxl_worker.second_pass import Hires, as_hires, hires_check
 from sdxl_worker.settings import PROMPT_SYNTAXES
 from sdxl_worker.text import is_unicode, shown
 
@@ -164,6 +165,7 @@ class GenerationRequest:
     inpaint_padding: int = _input(whole(0, MAX_INPAINT_PADDING), 32)
     extend: Extend | None = _input(or_null(sides(MAX_SIDE, SIDE_STEP)), None, _extend_or_none)
     strength: float | None = _input(or_null(number(0, 1)), None, _float_or_none)
+    hires: Hires | None = _input(or_null(hires_check(MAX_STEPS)), None, as_hires)
     refiner_inference_steps: int | None = _input(or_null(whole(0, 1000)), None)
     high_noise_frac: float | None = _input(or_null(number(0, 1)), None)
     loras: tuple[LoraSpec, ...] = _input(or_null(reference_list(MAX_LORAS)), None, lambda _: ())
@@ -179,6 +181,11 @@ class GenerationRequest:
     def prompt_of(self, index: int) -> str:
         """The prompt of picture `index`."""
         return self.prompts[index] if self.prompts else self.prompt
+
+    @property
+    def final_size(self) -> tuple[int, int]:
+        """Width and height of the answer's pictures, which are the largest that are drawn."""
+        return self.hires.size(self.width, self.height) if self.hires else (self.width, self.height)
 
     @property
     def pictures(self) -> dict[str, tuple[str, str]]:

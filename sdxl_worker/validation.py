@@ -13,6 +13,7 @@ from sdxl_worker.errors import InvalidRequest
 from sdxl_worker.lora_entries import parse_lora_entries
 from sdxl_worker.request import FIELDS, PER_PICTURE, PICTURE_FIELDS, GenerationRequest
 from sdxl_worker.sampling import resolve, sampling_problems
+from sdxl_worker.second_pass import hires_problems
 from sdxl_worker.text import shown
 
 # Every field has its own, smaller bound: this one is for what is not a field.
@@ -84,9 +85,9 @@ def _field_problems(raw: Mapping[str, Any]) -> dict[str, str]:
     """
     problems = {}
     for name, field in FIELDS.items():
-        missing = "is required" if field.required else None
-        if problem := field.check(raw[name]) if name in raw else missing:
-            problems[name] = f"{name} {problem}"
+        missing = [f"{name} is required"] if field.required else []
+        if sentences := field.check.sentences(name, raw[name]) if name in raw else missing:
+            problems[name] = "; ".join(sentences)
     unknown = (name for name in raw if name not in FIELDS)
     return problems | {name: f"{shown(name)} is not an input field" for name in islice(unknown, MAX_PROBLEMS)}
 
@@ -96,6 +97,7 @@ def combined_problems(values: Mapping[str, Any], bad: Collection[str] = ()) -> l
     problems = sampling_problems(values, bad)
     if not {*work.FIELDS, *PICTURE_FIELDS["image_url"]} & set(bad):
         problems += work.problems(values, to_image=picture_rules.starts_from_picture(values))
+    problems += hires_problems(values, bad)
     return problems + picture_rules.problems(values, bad)
 
 

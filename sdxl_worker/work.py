@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdxl_worker.schedulers import SCHEDULERS
+from sdxl_worker.second_pass import as_hires
 
 # The fields that it depends on.
-FIELDS = frozenset({"width", "height", "num_images", "num_inference_steps", "scheduler", "strength"})
+FIELDS = frozenset({"width", "height", "num_images", "num_inference_steps", "scheduler", "strength", "hires"})
 # Two pictures of 1024 x 1024 with 128 calls, or one of 2048 x 2048 with 64: a few minutes on a small GPU.
 MAX_PIXEL_CALLS = 2**28
 
@@ -32,8 +33,14 @@ def passes(values: Mapping[str, Any], *, to_image: bool) -> list[PassWork]:
     skipped = steps - min(int(steps * strength), steps) if to_image else 0
     if skipped == steps:
         return []
-    calls = SCHEDULERS[values["scheduler"]].calls(steps, skipped)
-    return [PassWork(values["width"], values["height"], calls)]
+    scheduler, width, height = SCHEDULERS[values["scheduler"]], values["width"], values["height"]
+    first = PassWork(width, height, scheduler.calls(steps, skipped))
+    hires = as_hires(values["hires"])
+    if hires is None:
+        return [first]
+    made = hires.steps or steps
+    whole = hires.schedule(made)
+    return [first, PassWork(*hires.size(width, height), scheduler.calls(whole, whole - made))]
 
 
 def problems(values: Mapping[str, Any], *, to_image: bool) -> list[str]:

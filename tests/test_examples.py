@@ -83,6 +83,6 @@ def test_an_example_renders(path: Path, pipeline, engine, server: FileServer, tm
 def test_the_readme_leads_to_the_examples() -> None:
     led_to = (
         *("lora", "image_to_image", "worker_sdxl", "embedding", "lora_tags", "lora_steps", "seeds", "prompts"),
-        *("inpaint", "inpaint_full_res", "inpaint_data_uris", "outpaint"),
+        *("inpaint", "inpaint_full_res", "inpaint_data_uris", "outpaint", "hires"),
     )
     assert [name for name in led_to if f"examples/{name}.json" not in README] == []

@@ -32,7 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("text", "background", "masking", "data_uris", "checks", "errors", "settings", "schedulers", "logs"),
         *("sampler_names", "sampling", "work"),
         *("request_values", "entries", "lora_entries", "embedding_entries", "prediction_marks", "request"),
-        *("picture_rules", "validation"),
+        *("picture_rules", "second_pass", "validation"),
     ),
     ("job_run",),
     ("assets",),

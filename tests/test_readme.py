@@ -24,6 +24,7 @@ from sdxl_worker.errors import AssetFileError, FetchError, WorkerError
 from sdxl_worker.lora_entries import parse_lora_entries
 from sdxl_worker.sampler_names import Named, find_scheduler
 from sdxl_worker.schedulers import SCHEDULERS, schedule_names, scheduler_names
+from sdxl_worker.second_pass import MAX_FINAL_PIXELS, Hires
 from sdxl_worker.settings import Settings
 from tests.support.readme import README, ROOT, readme_table, unquoted
 
@@ -75,6 +76,18 @@ def test_ranges_of_the_request_table_are_the_accepted_ones(row: dict[str, str]) 
     for good, bad in boundaries(span):
         assert check(good) is None
         assert check(bad) is not None
+
+
+def test_the_table_of_hires_has_its_keys_ranges_and_defaults() -> None:
+    rows = {unquoted(row["In `hires`"]): row for row in readme_table("Hires fix", "In `hires`")}
+    check = request.FIELDS["hires"].check
+    assert list(rows) == list(check.parts)
+    for name, row in rows.items():
+        assert json.loads(unquoted(row["Default"])) == getattr(Hires(), name)
+        for good, bad in boundaries(row["Range"]):
+            assert check({name: good}) is None
+            assert check({name: bad}) is not None
+    assert f"At most {MAX_FINAL_PIXELS} pixels" in rows["scale"]["Meaning"]
 
 
 def test_samplers_are_listed_with_what_holds_for_them() -> None:
@@ -218,6 +231,8 @@ def boundaries(span: str) -> list[tuple[Any, Any]]:
         return [*pairs, ("data:image/png;base64,AAAA", "data:image/png,AAAA")]
     if span == "the name of a sampler":
         return [(name, f"{name}x") for name in ("K_EULER", "Euler a", "dpmpp_2m", "DPM++ 2M SDE Karras")]
+    if span.startswith("[see below]"):
+        return [({}, {"x": 1}), ({}, [])]
     names = [json.loads(name) if name in ("true", "false") else name for name in re.findall(r"`([^`]+)`", span)]
     assert names, f"no rule for {span!r}"
     return [(name, f"{name}x") for name in names]

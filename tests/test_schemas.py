@@ -64,7 +64,7 @@ def test_every_field_arrives_as_it_was_asked_for():
         "preview": True,
     }
     # Other names of these, and what does not go together with them, have tests of their own.
-    assert set(FIELDS) == {*asked, "prompts", "seeds", "loras", "embeddings", "image", "mask", "extend"}
+    assert set(FIELDS) == {*asked, "prompts", "seeds", "loras", "embeddings", "image", "mask", "extend", "hires"}
     arrived = asdict(validate_request(asked))
     assert {name: arrived[name] for name in asked} == asked
 

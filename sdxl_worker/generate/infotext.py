@@ -15,6 +15,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import Any
 from urllib.parse import urlsplit
 
 from sdxl_worker.lora.used import UsedLora, safe_name
@@ -67,6 +68,7 @@ def infotext(
         facts["Model hash"] = model_hash
     facts["Model"] = safe_name(model_name(model_id))
     facts |= _picture_facts(request)
+    facts |= _of_second_pass(request)
     if request.clip_skip != DEFAULT_CLIP_SKIP:
         facts["Clip skip"] = request.clip_skip
     if request.prompt_syntax == "a1111" and request.prompt_emphasis == "no_norm":
@@ -97,6 +99,21 @@ def _picture_facts(request: GenerationRequest) -> dict[str, str | int]:
     if "mask_url" in request.pictures and request.inpaint_full_res:
         facts |= {"Inpaint area": "Only masked", "Masked area padding": request.inpaint_padding}
     return facts
+
+
+def _of_second_pass(request: GenerationRequest) -> dict[str, Any]:
+    """A1111's names for `hires`, whose strength then is "the" strength; that of a first pass has a name of our own."""
+    hires = request.hires
+    if hires is None:
+        return {}
+    first = {"First pass denoising strength": f"{request.denoising_strength:g}"} if request.starts_from_picture else {}
+    return {
+        "Denoising strength": f"{hires.strength:g}",
+        **first,
+        "Hires upscale": f"{hires.scale:g}",
+        "Hires steps": hires.steps or request.num_inference_steps,
+        "Hires upscaler": hires.upscaler.capitalize(),
+    }
 
 
 def model_name(model_id: str) -> str:

@@ -36,7 +36,8 @@ class Pass:
     steps and guidance. `image` makes this argument from what the pass before gave, the batch in its `output_type`,
     "latent" or "pt"; the first pass has none. `conditioning` is this pass's own, where it has other text encoders than
     the rest. `around` is entered for the call, and left again whatever happens. `has_loras` says whether LoRAs reach
-    the view's weights.
+    the view's weights. `seeds_anew` gives the call fresh generators of the pictures' seeds, instead of those that the
+    pass before has drawn from.
     """
 
     view: Any
@@ -46,6 +47,7 @@ class Pass:
     conditioning: Conditioning | None = None
     around: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
     has_loras: bool = True
+    seeds_anew: bool = False
 
     def giving_latents(self, denoising_end: float | None = None) -> Pass:
         """The same up to its latents, or up to those with the last share of the noise still in them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from sdxl_worker.errors import GenerationError
 from sdxl_worker.generate import samplers, vae
 from sdxl_worker.generate.batches import MAX_BATCH_PIXELS, Steps, in_batches, most_at_once
 from sdxl_worker.generate.calls import unet_calls
+from sdxl_worker.generate.hires import with_second_pass
 from sdxl_worker.generate.infotext import image_seed
 from sdxl_worker.generate.modes import NO_INPUTS, Inputs, Pass, mode_for
 from sdxl_worker.request import GenerationRequest
@@ -35,7 +37,7 @@ def render(
     before_step: BeforeStep | None = None,
     embeddings: prompts.Embeddings = prompts.NO_EMBEDDINGS,
 ) -> list[Image]:
-    """`request.num_images` RGB pictures of request.width x request.height pixels.
+    """`request.num_images` RGB pictures of `request.final_size` pixels.
 
     Picture i is the one of its `image_seed` and prompt, so each can be asked for again on its own; several are drawn at
     once as far as the free memory reaches, and fewer where that was too many. `inputs` are the pictures to
@@ -53,8 +55,9 @@ def render(
         return [finished.copy() for _ in range(request.num_images)]
     with ExitStack() as changes:
         changes.enter_context(samplers.applied(pipeline, request))
+        changes.enter_context(vae.tiled_where_large(pipeline))
         conditioning = changes.enter_context(prompts.applied(pipeline, request, embeddings))
-        passes = mode.passes(pipeline, request, inputs)
+        passes = with_second_pass(pipeline, request, mode.passes(pipeline, request, inputs))
         drawing = _Drawing(pipeline, request, passes, conditioning, on_step, before_step)
         return [mode.completed(picture, request, inputs) for picture in drawing.pictures()]
 
@@ -72,7 +75,7 @@ class _Drawing:
 
     def pictures(self) -> list[Image]:
         """Every picture, one batch after the other."""
-        pixels = self.request.width * self.request.height
+        pixels = math.prod(self.request.final_size)
         calls = [unet_calls(step.view, self._arguments(step)) for step in self.passes] if self.on_step else []
         steps = Steps(sum(calls))
 
@@ -90,13 +93,18 @@ class _Drawing:
 
     def _batch(self, batch: Sequence[int], steps: Steps) -> list[Image]:
         seeds = [image_seed(self.request, picture) for picture in batch]
-        generators = [torch.Generator(self.pipeline.device).manual_seed(seed) for seed in seeds]
+        generators = self._generators(seeds)
         result: torch.Tensor | None = None
         for step in self.passes:
+            if step.seeds_anew:
+                generators = self._generators(seeds)
             samplers.seed(step.view.scheduler, seeds)
             result = self._pass(step, result, batch, generators, steps)
         assert result is not None
         return self._as_pictures(result)
+
+    def _generators(self, seeds: Sequence[int]) -> list[torch.Generator]:
+        return [torch.Generator(self.pipeline.device).manual_seed(seed) for seed in seeds]
 
     def _arguments(self, step: Pass) -> dict[str, Any]:
         request = self.request
@@ -123,7 +131,13 @@ class _Drawing:
         if before_step:
             before_step(0.0)
         with step.around():
-            return step.view(**arguments, generator=generators).images
+            drawn = step.view(**arguments, generator=generators).images
+        # Of every pass: once they are whole numbers, values that are not finite would be a colour like any other.
+        if not torch.isfinite(drawn).all():
+            raise GenerationError(
+                "the picture came out with values that are not numbers; try another seed, scale or VAE"
+            )
+        return drawn
 
     def _step_callback(self, before_step: BeforeStep | None, steps: Steps) -> Callable[..., dict[str, torch.Tensor]]:
         def after_step(view: Any, step: int, _time: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -139,10 +153,6 @@ class _Drawing:
         return after_step
 
     def _as_pictures(self, pixels: torch.Tensor) -> list[Image]:
-        if not torch.isfinite(pixels).all():
-            raise GenerationError(
-                "the picture came out with values that are not numbers; try another seed, scale or VAE"
-            )
         processor = self.pipeline.image_processor
         return processor.numpy_to_pil(processor.pt_to_numpy(pixels))
 

@@ -6,8 +6,22 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from sdxl_worker.generate.tiled_vae import tiled
+from sdxl_worker.request import MAX_SIDE
+
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
+
+# Beyond what a request can ask for in one pass. Decoding this much whole takes some 8 GB in half precision, and its
+# largest tensor has a billion values, of which kernels count up to two.
+MAX_WHOLE_PIXELS = MAX_SIDE * MAX_SIDE
+
+
+@contextlib.contextmanager
+def tiled_where_large(pipeline: StableDiffusionXLPipeline) -> Iterator[None]:
+    """Let the VAE work tile by tile on pictures of more than MAX_WHOLE_PIXELS, and be as it was afterwards."""
+    with tiled(pipeline.vae, MAX_WHOLE_PIXELS):
+        yield
 
 
 @contextlib.contextmanager

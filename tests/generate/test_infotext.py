@@ -89,3 +89,19 @@ def test_how_prompts_were_read_is_there_where_it_is_not_the_usual_way():
     settings = settings_of(infotext(request, 0, "tiny"))
     assert (settings["Clip skip"], settings["Emphasis"]) == ("3", "No norm")
     assert infotext(request, 0, "tiny").startswith("(a:1.2)\n")
+
+
+def test_hires_has_a1111s_names():
+    """As A1111 1.10 writes them; `Size` is that of its first pass too."""
+    from sdxl_worker.second_pass import Hires
+
+    request = GenerationRequest("a", seed=7, hires=Hires(1.5, 20, 0.45, "lanczos"))
+    assert infotext(request, 0, "model").endswith(
+        "Size: 1024x1024, Model: model, Denoising strength: 0.45, "
+        "Hires upscale: 1.5, Hires steps: 20, Hires upscaler: Lanczos"
+    )
+    started = GenerationRequest("a", seed=7, hires=Hires(), image_url="https://example.com/a.png", strength=0.3)
+    assert infotext(started, 0, "model").endswith(
+        "Denoising strength: 0.4, First pass denoising strength: 0.3, "
+        "Hires upscale: 2, Hires steps: 28, Hires upscaler: Latent"
+    )

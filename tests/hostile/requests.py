@@ -148,6 +148,15 @@ def _good(random: Random) -> dict[str, Any]:
     }
 
 
+def _hires(random: Random) -> dict[str, Any]:
+    made = {name: random.choice((*VALUES, 1, 1.5, 0.4, "latent", 2**70)) for name in ("scale", "steps", "strength")}
+    names = random.sample(("scale", "steps", "strength", "upscaler", "x" * 9_000, "\ud800", ""), random.randrange(5))
+    few = {name: made.get(name, random.choice(VALUES)) for name in names}
+    right = {"scale": random.choice((1, 1.3, 2)), "steps": 2, "upscaler": random.choice(("latent", "lanczos"))}
+    many = {f"k{index}": index for index in range(3000)}
+    return {"hires": random.choice((few, few, right, many, [few], {"hires": right})), "width": 64, "height": 72}
+
+
 def _loras(random: Random) -> dict[str, Any]:
     return {"loras": [entry(random) for _ in range(random.choice((1, 1, 1, 2, 5, 33)))]}
 
@@ -225,6 +234,7 @@ _KINDS: tuple[tuple[int, Callable[[Random], Any]], ...] = (
     (5, _one_field),
     (4, _several_fields),
     (2, _good),
+    (2, _hires),
     (8, _loras),
     (2, _embeddings),
     (2, _tags),
