@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from sdxl_worker.assets.folder import temporary_file
 from sdxl_worker.errors import WorkerError
+from sdxl_worker.generate.checkpoint_facts import INPAINTING_CHANNELS
 from sdxl_worker.generate.infotext import model_name
+from sdxl_worker.generate.modes import NO_INPUTS, Inputs
 from sdxl_worker.generate.render import render
 from sdxl_worker.request import GenerationRequest
 from sdxl_worker.serving.upload import bucket_is_configured, try_upload
@@ -26,7 +29,9 @@ logger = logging.getLogger(__name__)
 
 # What one picture of 1024 x 1024 needs beside the resident model in float16 (attention, VAE decode), rounded up.
 MIN_FREE_GPU_BYTES = 4 * 2**30
-PROBE = GenerationRequest(prompt="a test", width=64, height=64, num_inference_steps=1, scheduler="K_EULER")
+PROBE = GenerationRequest(
+    prompt="a test", width=64, height=64, num_inference_steps=1, scheduler="K_EULER", strength=1.0
+)
 _VERSIONS = ("runpod", "torch", "diffusers", "transformers")
 
 
@@ -47,11 +52,20 @@ def checks(settings: Settings, pipeline: Callable[[], Any]) -> list[functools.pa
 def check_model(pipeline: Callable[[], Any]) -> None:
     """The base model loads and renders; raises UnhealthyWorker. A model that is not numbers renders one colour."""
     try:
-        (picture,) = render(pipeline(), PROBE)
+        resident = pipeline()
+        (picture,) = render(resident, PROBE, inputs=_probe_inputs(resident))
     except (WorkerError, RuntimeError) as error:
         raise UnhealthyWorker(f"{error}. Change MODEL_ID or VAE_ID, or choose a larger GPU") from error
     if len(picture.getcolors(PROBE.width * PROBE.height) or ()) == 1:
         raise UnhealthyWorker("the base model renders an empty picture: change MODEL_ID or VAE_ID")
+
+
+def _probe_inputs(pipeline: Any) -> Inputs:
+    """An inpainting checkpoint does not draw without a picture and a mask."""
+    if pipeline.unet.config.in_channels != INPAINTING_CHANNELS:
+        return NO_INPUTS
+    size = (PROBE.width, PROBE.height)
+    return {"image_url": Image.new("RGB", size, "gray"), "mask_url": Image.new("L", size, 255)}
 
 
 def check_cache_folder(folder: Path) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import StableDiffusionXLInpaintPipeline
+from PIL import Image
 from safetensors.torch import load_file
 
 from sdxl_worker import topology
@@ -80,6 +83,30 @@ def test_a_single_file_is_served(pipeline, tmp_path: Path):
     save_configs(pipeline, tmp_path / "model")
     loaded, _ = load_pipeline(_settings(tmp_path, checkpoint))
     assert farthest(render(loaded, REQUEST)[0], render(pipeline, REQUEST)[0]) <= 1
+
+
+def test_an_inpainting_checkpoint_is_served_from_a_single_file(tmp_path: Path):
+    original = topology.build_sdxl(in_channels=9)
+    checkpoint = save_single_file(original, tmp_path / "model.safetensors")
+    save_configs(original, tmp_path / "model")
+    loaded, _ = load_pipeline(_settings(tmp_path, checkpoint))
+    image, mask = Image.linear_gradient("L").convert("RGB").resize((64, 64)), Image.new("L", (64, 64), 255)
+    request = replace(REQUEST, width=64, scheduler="K_EULER", guidance_scale=5.5, strength=1.0)
+    (picture,) = render(loaded, request, inputs={"image_url": image, "mask_url": mask})
+    stock = StableDiffusionXLInpaintPipeline(**original.components)
+    (expected,) = stock(
+        prompt="a lighthouse",
+        negative_prompt="fog",
+        image=image,
+        mask_image=mask,
+        width=64,
+        height=64,
+        strength=1.0,
+        num_inference_steps=4,
+        guidance_scale=5.5,
+        generator=torch.Generator().manual_seed(11),
+    ).images
+    assert farthest(picture, expected) <= 1
 
 
 @pytest.mark.parametrize("naming", ["diffusers", "original"])

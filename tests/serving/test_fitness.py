@@ -5,6 +5,7 @@ import errno
 import pytest
 import torch
 
+from sdxl_worker import topology
 from sdxl_worker.assets import cache
 from sdxl_worker.serving.fitness import UnhealthyWorker, check_cache_folder, check_gpu_memory, check_model, startup_line
 from sdxl_worker.settings import Settings
@@ -34,6 +35,10 @@ def test_a_model_that_renders_no_numbers(resident, monkeypatch):
     monkeypatch.setattr(vae, "decode", lambda *_, **__: (torch.full((1, 3, 64, 64), torch.nan),))
     with pytest.raises(UnhealthyWorker, match="MODEL_ID or VAE_ID"):
         check_model(lambda: resident.pipeline)
+
+
+def test_an_inpainting_checkpoint_passes_with_a_picture_and_a_mask():
+    check_model(lambda: topology.build_sdxl(in_channels=9))
 
 
 def test_a_model_that_renders_one_colour(resident, monkeypatch):
