@@ -9,7 +9,7 @@ from typing import Any, cast
 from sdxl_worker.checks import Check, choice, number, text, url, whole
 
 PROMPT_SYNTAXES = ("plain", "a1111")
-PREDICTION_TYPES = ("", "epsilon", "v_prediction")
+PREDICTION_TYPES = ("epsilon", "v_prediction")
 # Linux does not pass longer variables to a process.
 _TEXT = text(2**17)
 

@@ -40,6 +40,7 @@ def test_values_have_the_type_of_their_setting():
         ("LORA_CACHE_MAX_GB", "-0.1", "must be a number from 0 to 100000, not -0.1"),
         ("DOWNLOAD_TIMEOUT", "0", "must be a number above 0 to 86400, not 0.0"),
         ("DOWNLOAD_TIMEOUT", "9" * 5000, "must be a number above 0 to 86400, not inf"),
+        ("PREDICTION_TYPE", "v", "must be one of epsilon, v_prediction, not 'v'"),
         ("HF_ENDPOINT", "hub.internal", "must be an http or https URL"),
         ("MODEL_ID", "a\ud800", "holds a NUL or half of a surrogate pair"),
     ],
