@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from sdxl_worker import job_run
+from sdxl_worker.generate import batches
 from sdxl_worker.generate import render as render_module
 from sdxl_worker.generate.render import render
 from sdxl_worker.job_run import Denoising, NoProgress, ProgressEvent
@@ -110,7 +111,9 @@ def hand_merged(*scaled: tuple[Part, float]) -> Iterator[Callable[..., None]]:
             weights[key].copy_(value)
 
 
-def swapped(view: Any, put: Callable[..., None], segments: Sequence[tuple[bool, ...]], **call: Any) -> Any:
+def swapped(
+    view: Any, put: Callable[..., None], segments: Sequence[tuple[bool, ...]], scheduler: str = EULER_A, **call: Any
+) -> Any:
     """diffusers' picture with the weights of `segments[i]` during UNet call i; those of the first encode the prompt."""
     put(*segments[0])
 
@@ -119,7 +122,7 @@ def swapped(view: Any, put: Callable[..., None], segments: Sequence[tuple[bool, 
             put(*segments[step + 1])
         return {}
 
-    (picture,) = by_diffusers(view, EULER_A, callback_on_step_end=after, **call)
+    (picture,) = by_diffusers(view, scheduler, callback_on_step_end=after, **call)
     return picture
 
 
@@ -198,8 +201,14 @@ def test_the_prompt_is_encoded_with_the_loras_of_the_first_step(worker, parts):
     with hand_merged((parts["words"], 1.0), (parts["a"], 1.0)) as put:
         first = swapped(worker.pipeline, put, [(True, True)] * 3 + [(True, False)] * 2, **BARE)
         later = swapped(worker.pipeline, put, [(False, False)] * 3 + [(False, True)] * 2, **BARE)
-    (picture,), (done,) = drawn(worker, {"path": "words", "end": 0.6})
+    words: list[torch.Tensor] = []
+
+    def remember(*_: Any) -> None:
+        words.append(parts["words"][0][0].clone())
+
+    (picture,), (done,) = drawn(worker, {"path": "words", "end": 0.6}, on_step=remember)
     assert farthest(picture, first) <= 1
+    assert all(torch.equal(weight, words[0]) for weight in words), "merged anew for nothing"
     assert done.layers == len(parts["words"]) + len(parts["a"])
     (picture,), (done,) = drawn(worker, {"path": "words", "start": 0.6})
     assert farthest(picture, later) <= 1
@@ -208,11 +217,21 @@ def test_the_prompt_is_encoded_with_the_loras_of_the_first_step(worker, parts):
 
 
 def test_each_batch_begins_with_the_first_segment(worker, parts, monkeypatch):
-    monkeypatch.setattr(render_module, "MAX_BATCH_PIXELS", 64 * 64)
+    monkeypatch.setattr(batches, "MAX_BATCH_PIXELS", 64 * 64)
     loras = ({"path": "words", "end": 0.4}, {"path": "b", "start": 0.4})
     pictures, _ = drawn(worker, *loras, num_images=2)
     (alone,), _ = drawn(worker, *loras, seed=12)
     assert farthest(pictures[1], alone) <= 1
+
+
+def test_both_calls_of_a_step_have_the_same_weights(worker, parts):
+    """Heun's five steps take nine calls of the UNet, the last step a single one."""
+    with hand_merged((parts["a"], 0.8), (parts["b"], 0.5)) as put:
+        segments = [(True, False)] * 6 + [(False, True)] * 3
+        expected = swapped(worker.pipeline, put, segments, "HeunDiscreteScheduler", **BARE)
+    first, second = {"path": "a", "scale": 0.8, "end": 0.5}, {"path": "b", "scale": 0.5, "start": 0.5}
+    (picture,), _ = drawn(worker, first, second, scheduler="Heun")
+    assert farthest(picture, expected) <= 1
 
 
 def test_image_to_image_counts_the_steps_that_are_run(worker, parts):
