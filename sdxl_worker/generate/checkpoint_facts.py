@@ -59,7 +59,8 @@ class CheckpointFacts:
     def as_json(self) -> dict[str, Any]:
         """What `download_weights.py --inspect` shows, JSON-ready."""
         if self.model == NOT_A_CHECKPOINT:
-            return {"is": self.model, "tensors": self.tensors, "dtype": self.dtype}
+            there = {"parts": list(self.parts)} if self.parts else {}
+            return {"is": self.model, **there, "tensors": self.tensors, "dtype": self.dtype}
         said = asdict(self.prediction)
         return {
             "is": self.model + (", inpainting" if self.is_inpainting else ""),

@@ -62,6 +62,11 @@ def test_what_is_not_a_checkpoint(name: str, tmp_path: Path):
     assert facts == {"is": "not a checkpoint", "tensors": 1, "dtype": "float64"}
 
 
+def test_a_part_of_a_checkpoint_is_named(tmp_path: Path):
+    facts = read_checkpoint(write(tmp_path / "a.safetensors", VAE, "first_stage_model.a")).as_json()
+    assert facts == {"is": "not a checkpoint", "parts": ["VAE"], "tensors": 2, "dtype": "float64"}
+
+
 def test_what_is_not_safetensors_is_an_error(tmp_path: Path):
     (tmp_path / "a.safetensors").write_bytes(b"PK\x03\x04" * 9)
     with pytest.raises(BadFile, match="pickle"):
