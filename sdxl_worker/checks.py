@@ -164,6 +164,23 @@ def spelled(names: tuple[str, ...], known: Callable[[str], object | None]) -> Ch
     return Check(str, problem)
 
 
+def falling(low: int, high: int, limit: int) -> Check:
+    """A list of 1 to `limit` whole numbers from `high` down to `low`, each below the one before."""
+    each = whole(low, high)
+
+    def problem(value: Any) -> str | None:
+        if not isinstance(value, list) or not 1 <= len(value) <= limit:
+            return f"must be a list of 1 to {limit} whole numbers, not {shown(value)}"
+        for index, entry in enumerate(value):
+            if wrong := each(entry):
+                return f"[{index}] {wrong}"
+            if index and entry >= value[index - 1]:
+                return f"must fall: [{index}] is {entry} after {value[index - 1]}"
+        return None
+
+    return Check(list, problem)
+
+
 def switch() -> Check:
     """True or false."""
     return Check(bool, lambda value: None if isinstance(value, bool) else f"must be true or false, not {shown(value)}")

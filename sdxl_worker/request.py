@@ -11,6 +11,7 @@ from sdxl_worker.checks import (
     MAX_URL_CHARACTERS,
     Check,
     choice,
+    falling,
     number,
     or_null,
     picture,
@@ -36,6 +37,8 @@ from sdxl_worker.text import is_unicode, shown
 MAX_PROMPT_CHARACTERS = 10_000
 MIN_SIDE, MAX_SIDE, SIDE_STEP = 64, 2048, 8
 MAX_STEPS = 200
+# SDXL is trained on the timesteps from 0 (nearly clean) to 999 (nearly noise).
+MAX_TIMESTEP = 999
 # AUTOMATIC1111's sliders end there.
 MAX_MASK_BLUR, MAX_INPAINT_PADDING = 64, 256
 MAX_GUIDANCE = 100.0
@@ -123,6 +126,10 @@ def _extend_or_none(value: dict[str, int] | None) -> Extend | None:
     return Extend(**value) if value and any(value.values()) else None
 
 
+def _tuple(value: list[int] | None) -> tuple[int, ...] | None:
+    return None if value is None else tuple(value)
+
+
 def _seed(value: int | None) -> int:
     return secrets.randbits(RANDOM_SEED_BITS) if value in (None, -1) else value
 
@@ -133,7 +140,8 @@ class GenerationRequest:
 
     Sizes are in pixels. A negative_prompt of None gives another picture than "". `prompts` and `seeds` are one for each
     picture: the former stand in place of `prompt`, and the first of the latter is `seed`. No seed is negative.
-    `scheduler` and `schedule_type` are the names of the tables in schedulers.py. `strength` is used with a picture
+    `scheduler` and `schedule_type` are the names of the tables in schedulers.py. Where there are `timesteps`,
+    `num_inference_steps` is their number. An `eta` of None is the sampler's own. `strength` is used with a picture
     only. `image` means the same as `image_url`, and `mask` as `mask_url`; width and height are the answer's, `extend`
     included. `loras` and `embeddings` are the usable entries; `..._requested` says that the request had some, usable
     or not; `given` names the input's fields that it did not leave out or null. Values made directly are not checked.
@@ -153,7 +161,10 @@ class GenerationRequest:
     scheduler: str = _input(spelled(scheduler_names(), find_scheduler), "K_EULER_ANCESTRAL")
     schedule_type: str = _input(spelled(schedule_names(), find_schedule), AUTOMATIC)
     num_inference_steps: int = _input(whole(1, MAX_STEPS), 28)
+    timesteps: tuple[int, ...] | None = _input(or_null(falling(0, MAX_TIMESTEP, MAX_STEPS)), None, _tuple)
+    eta: float | None = _input(or_null(number(0, 1)), None)
     guidance_scale: float = _input(number(0, MAX_GUIDANCE), 5.5, float)
+    guidance_rescale: float = _input(number(0, 1), 0.0, float)
     num_images: int = _input(whole(1, MAX_IMAGES), 1)
     image_url: str | None = _input(or_null(picture()), None, _none_if_empty)
     image: str | None = _input(or_null(picture()), None, _none_if_empty)

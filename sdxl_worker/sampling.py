@@ -22,10 +22,27 @@ class Sampling:
 
 
 def resolve(values: Mapping[str, Any], given: frozenset[str], bad: Collection[str]) -> Sampling:
-    """`scheduler` and `schedule_type` by the names of the tables; a schedule at the end of the former counts.
+    """`scheduler` and `schedule_type` by the names of the tables, and as many num_inference_steps as `timesteps` has.
 
-    `values` are all fields, `given` those that the request gave, `bad` those whose value did not pass its check.
+    `values` are all fields, `given` those that the request gave, `bad` those whose value did not pass its check. What a
+    name's end or the length of a list says is given too.
     """
+    names = _with_names(values, given, bad)
+    steps = _with_steps(names.values, names.given, bad)
+    return Sampling(steps.values, steps.given, (*names.problems, *steps.problems), names.warnings)
+
+
+def _with_steps(values: dict[str, Any], given: frozenset[str], bad: Collection[str]) -> Sampling:
+    if values["timesteps"] is None or {"timesteps", "num_inference_steps"} & set(bad):
+        return Sampling(values, given)
+    steps, asked = len(values["timesteps"]), values["num_inference_steps"]
+    problems: tuple[str, ...] = ()
+    if "num_inference_steps" in given and asked != steps:
+        problems = (f"timesteps has {steps} entries and num_inference_steps is {asked}: leave the latter out",)
+    return Sampling({**values, "num_inference_steps": steps}, given | {"num_inference_steps"}, problems)
+
+
+def _with_names(values: Mapping[str, Any], given: frozenset[str], bad: Collection[str]) -> Sampling:
     if {"scheduler", "schedule_type"} & set(bad):
         return Sampling(dict(values), given)
     named, schedule = find_scheduler(values["scheduler"]), find_schedule(values["schedule_type"])
@@ -57,6 +74,11 @@ def sampling_problems(values: Mapping[str, Any], bad: Collection[str] = ()) -> l
     if schedule.name not in (AUTOMATIC, *scheduler.schedules):
         takes = ", ".join((AUTOMATIC, *scheduler.schedules))
         problems.append(f"scheduler {scheduler.name} takes schedule_type {takes}, not {schedule.name}")
+    if values["timesteps"] is not None and not scheduler.timesteps:
+        others = ", ".join(name for name, other in SCHEDULERS.items() if other.timesteps)
+        problems.append(f"scheduler {scheduler.name} does not take timesteps; these do: {others}")
+    elif values["timesteps"] is not None and schedule.name != AUTOMATIC:
+        problems.append(f"timesteps and schedule_type {schedule.name} exclude each other: give one of them")
     steps = values["num_inference_steps"]
     if "num_inference_steps" in bad:
         return problems
@@ -67,3 +89,14 @@ def sampling_problems(values: Mapping[str, Any], bad: Collection[str] = ()) -> l
     if scheduler.max_steps and steps > scheduler.max_steps:
         problems.append(f"scheduler {scheduler.name} takes num_inference_steps of at most {scheduler.max_steps}")
     return problems
+
+
+def sampling_warnings(values: Mapping[str, Any]) -> list[str]:
+    """What has no effect of what is asked; `values` have the tables' names."""
+    scheduler, warnings = SCHEDULERS[values["scheduler"]], []
+    if values["eta"] is not None and scheduler.eta is None:
+        others = " and ".join(name for name, other in SCHEDULERS.items() if other.eta is not None)
+        warnings.append(f"eta has no effect with scheduler {scheduler.name}; it is for {others}")
+    if values["guidance_rescale"] > 0 and values["guidance_scale"] <= 1:
+        warnings.append("guidance_rescale has no effect where guidance_scale is at most 1")
+    return warnings

@@ -12,7 +12,7 @@ from sdxl_worker.embedding_entries import parse_embedding_entries
 from sdxl_worker.errors import InvalidRequest
 from sdxl_worker.lora_entries import parse_lora_entries
 from sdxl_worker.request import FIELDS, PER_PICTURE, PICTURE_FIELDS, GenerationRequest
-from sdxl_worker.sampling import resolve, sampling_problems
+from sdxl_worker.sampling import resolve, sampling_problems, sampling_warnings
 from sdxl_worker.second_pass import hires_problems
 from sdxl_worker.text import shown
 
@@ -126,7 +126,7 @@ def _per_picture_problems(values: Mapping[str, Any], bad: Collection[str]) -> li
 
 
 def _ignored(values: Mapping[str, Any], raw: Mapping[str, Any]) -> tuple[str, ...]:
-    warnings = [
+    warnings = sampling_warnings(values) + [
         f"{name} has no effect: this worker has no refiner"
         for name in ("refiner_inference_steps", "high_noise_frac")
         if values[name] is not None

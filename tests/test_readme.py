@@ -105,7 +105,8 @@ def test_samplers_are_listed_with_what_holds_for_them() -> None:
         assert {"automatic", *scheduler.schedules} == (
             set(schedule_names()) - listed if cell.startswith("all") else listed
         ), scheduler.name
-        assert scheduler.zero_snr == (row["Zero SNR"] == "yes")
+        takes = {"`timesteps`": scheduler.timesteps, "`eta`": scheduler.eta is not None, "zero SNR": scheduler.zero_snr}
+        assert row["Also takes"] == ", ".join(name for name, taken in takes.items() if taken)
 
 
 def test_environment_table_names_the_settings_and_defaults() -> None:
@@ -229,6 +230,9 @@ def boundaries(span: str) -> list[tuple[Any, Any]]:
     if span == "an http or https URL, or a data URI":
         pairs = [("https://example.com/a.png", "ftp://example.com/a.png")]
         return [*pairs, ("data:image/png;base64,AAAA", "data:image/png,AAAA")]
+    if span == "1 to 200 falling whole numbers from 999 to 0":
+        most = list(range(999, 799, -1))
+        return [([999], []), ([0], [-1]), (most, [*most, 0]), ([999, 0], [1000, 0]), ([5, 4], [5, 5])]
     if span == "the name of a sampler":
         return [(name, f"{name}x") for name in ("K_EULER", "Euler a", "dpmpp_2m", "DPM++ 2M SDE Karras")]
     if span.startswith("[see below]"):

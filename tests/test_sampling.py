@@ -106,3 +106,63 @@ def test_steps():
         "schedule_type karras needs num_inference_steps of at least 2"
     )
     assert valid(scheduler="Euler", schedule_type="karras", num_inference_steps=2).schedule_type == "karras"
+
+
+TAKES = "K_EULER, DPMSolverMultistep, DPMSolverSinglestep, DPM++ 2M SDE, DPM++ 3M SDE, DDPM, LCM, TCD"
+
+
+def test_as_many_steps_as_timesteps():
+    request = valid(scheduler="lcm", timesteps=[999, 749, 499, 249])
+    assert (request.timesteps, request.num_inference_steps) == ((999, 749, 499, 249), 4)
+    assert "num_inference_steps" in request.given
+    assert valid(scheduler="lcm", timesteps=[999, 499], num_inference_steps=2).num_inference_steps == 2
+    assert problem(scheduler="lcm", timesteps=[999, 499], num_inference_steps=4) == (
+        "timesteps has 2 entries and num_inference_steps is 4: leave the latter out"
+    )
+    image = {"image_url": "https://a/b.png", "scheduler": "lcm"}
+    assert problem(**image, timesteps=[999, 749, 499], strength=0.3) == (
+        "num_inference_steps x strength must be at least 1 with image_url; strength is 0.3"
+    )
+    assert valid(**image, timesteps=[999, 749, 499, 249], strength=0.3).num_inference_steps == 4
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "sentence"),
+    [
+        ([], "must be a list of 1 to 200 whole numbers"),
+        ("999", "must be a list of 1 to 200 whole numbers"),
+        (list(range(999, 798, -1)), "must be a list of 1 to 200 whole numbers"),
+        ([999, 749.0], "[1] must be a whole number from 0 to 999, not 749.0"),
+        ([True], "[0] must be a whole number from 0 to 999, not true"),
+        ([1000, 1], "[0] must be a whole number from 0 to 999, not 1000"),
+        ([999, -1], "[1] must be a whole number from 0 to 999, not -1"),
+        ([999, 499, 499], "must fall: [2] is 499 after 499"),
+        ([249, 499], "must fall: [1] is 499 after 249"),
+    ],
+)
+def test_timesteps_are_checked(timesteps: Any, sentence: str):
+    assert sentence in problem(scheduler="lcm", timesteps=timesteps)
+
+
+def test_timesteps_are_not_for_every_sampler():
+    assert problem(timesteps=[999, 499]) == (f"scheduler K_EULER_ANCESTRAL does not take timesteps; these do: {TAKES}")
+    assert problem(scheduler="Euler Karras", timesteps=[999, 499]) == (
+        "timesteps and schedule_type karras exclude each other: give one of them"
+    )
+    for name in TAKES.split(", "):
+        assert valid(scheduler=name, timesteps=[999, 499]).num_inference_steps == 2
+
+
+def test_what_has_no_effect_is_said():
+    assert valid(scheduler="DDIM", eta=1).eta == 1
+    assert valid(scheduler="TCD", eta=0, num_inference_steps=4).warnings == ()
+    assert valid(eta=0.5).warnings == ("eta has no effect with scheduler K_EULER_ANCESTRAL; it is for DDIM and TCD",)
+    assert valid(guidance_rescale=0.7).warnings == ()
+    assert valid(guidance_rescale=0.7, guidance_scale=1).warnings == (
+        "guidance_rescale has no effect where guidance_scale is at most 1",
+    )
+
+
+@pytest.mark.parametrize(("field", "value"), [("eta", -0.1), ("eta", 1.1), ("eta", "0"), ("guidance_rescale", 2)])
+def test_ranges(field: str, value: Any):
+    assert problem(**{field: value}).startswith(f"{field} must be a number from 0 to 1, not")

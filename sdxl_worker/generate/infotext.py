@@ -56,10 +56,8 @@ def infotext(
     lines = [prompt]
     if request.negative_prompt:
         lines.append(f"Negative prompt: {request.negative_prompt}")
-    facts = {
-        "Steps": request.num_inference_steps,
-        "Sampler": SCHEDULERS[request.scheduler].display_name,
-        "Schedule type": SCHEDULES[request.schedule_type].display_name,
+    facts: dict[str, Any] = {
+        **_sampler_facts(request),
         "CFG scale": f"{request.guidance_scale:g}",
         "Seed": image_seed(request, index),
         "Size": f"{request.width}x{request.height}",
@@ -114,6 +112,23 @@ def _of_second_pass(request: GenerationRequest) -> dict[str, Any]:
         "Hires steps": hires.steps or request.num_inference_steps,
         "Hires upscaler": hires.upscaler.capitalize(),
     }
+
+
+def _sampler_facts(request: GenerationRequest) -> dict[str, Any]:
+    """What A1111 writes, and two things that it does not have."""
+    scheduler = SCHEDULERS[request.scheduler]
+    facts: dict[str, Any] = {
+        "Steps": request.num_inference_steps,
+        "Sampler": scheduler.display_name,
+        "Schedule type": SCHEDULES[request.schedule_type].display_name,
+    }
+    if request.eta is not None and scheduler.eta is not None:
+        facts["Eta DDIM"] = f"{request.eta:g}"
+    if request.timesteps is not None:
+        facts["Timesteps"] = " ".join(map(str, request.timesteps))
+    if request.guidance_rescale:
+        facts["Guidance rescale"] = f"{request.guidance_rescale:g}"
+    return facts
 
 
 def model_name(model_id: str) -> str:

@@ -108,8 +108,12 @@ class _Drawing:
 
     def _arguments(self, step: Pass) -> dict[str, Any]:
         request = self.request
-        common = {"num_inference_steps": request.num_inference_steps, "guidance_scale": request.guidance_scale}
-        return {**common, "output_type": step.output_type, **step.arguments}
+        guidance = {"guidance_scale": request.guidance_scale, "guidance_rescale": request.guidance_rescale}
+        common = {**samplers.call_arguments(request), **guidance, "output_type": step.output_type}
+        if "num_inference_steps" in step.arguments:
+            # A list is for the steps that the request has.
+            common.pop("timesteps", None)
+        return {**common, **step.arguments}
 
     def _pass(
         self,

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
-import weakref
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,16 +26,33 @@ def applied(pipeline: StableDiffusionXLPipeline, request: GenerationRequest) -> 
     Raises KeyError for a name that is not in the tables.
     """
     resident = pipeline.scheduler
-    pipeline.scheduler = make_scheduler(request.scheduler, resident.config, request.schedule_type)
+    pipeline.scheduler = make_scheduler(
+        request.scheduler, resident.config, request.schedule_type, own_levels=request.timesteps is None
+    )
     try:
         yield
     finally:
         pipeline.scheduler = resident
 
 
-def make_scheduler(name: str, config: Mapping[str, Any], schedule_type: str = AUTOMATIC) -> SchedulerMixin:
+def call_arguments(request: GenerationRequest) -> dict[str, Any]:
+    """What a call of a diffusers pipeline is told for the request's sampler."""
+    arguments: dict[str, Any] = {"num_inference_steps": request.num_inference_steps}
+    if request.timesteps is not None:
+        arguments["timesteps"] = list(request.timesteps)
+    default = SCHEDULERS[request.scheduler].eta
+    if default is not None:
+        # Left out, the pipeline's own 0 would override the sampler's default.
+        arguments["eta"] = default if request.eta is None else request.eta
+    return arguments
+
+
+def make_scheduler(
+    name: str, config: Mapping[str, Any], schedule_type: str = AUTOMATIC, *, own_levels: bool = True
+) -> SchedulerMixin:
     """A fresh scheduler of the given names, from the resident model's scheduler config.
 
+    `own_levels`: automatic means Karras where the config asks for it, and the like; a list of timesteps is for none.
     Fresh for each request: a scheduler carries the step index and, for multistep solvers, past model outputs.
     Raises KeyError for an unknown name.
     """
@@ -44,42 +60,23 @@ def make_scheduler(name: str, config: Mapping[str, Any], schedule_type: str = AU
 
     scheduler = SCHEDULERS[name]
     scheduler_class: type[SchedulerMixin] = getattr(diffusers, scheduler.class_name)
-    options = {**_schedule_options(schedule_type), **scheduler.options}
+    options = {**_schedule_options(schedule_type, own_levels), **scheduler.options}
     taken = inspect.signature(scheduler_class).parameters
-    made = scheduler_class.from_config(
+    return scheduler_class.from_config(
         dict(config), **{option: value for option, value in options.items() if option in taken}
     )
-    if any(made.config.get(option) for option in _OWN_LEVELS):
-        _start_at_the_first_step(made)
-    return made
 
 
 def seed(scheduler: SchedulerMixin, seeds: Sequence[int]) -> None:
     """Let the scheduler draw from these seeds, one for each picture, what it does not draw from generators."""
     if hasattr(scheduler, "noise_sampler_seed"):
+        # torchsde says so whenever a noise level lies beyond its range by a rounding. For the whole process:
+        # catch_warnings is not safe in threads.
+        warnings.filterwarnings("ignore", message="Should have", module=r"torchsde\.")
         scheduler.noise_sampler_seed = list(seeds)
 
 
-def _start_at_the_first_step(scheduler: SchedulerMixin) -> None:
-    """Begin with the first timestep where it stands twice in the list.
-
-    Beta rounds two to 999 from 32 steps on; so do Karras and Exponential from zero terminal SNR, from 21 steps on.
-    Stock schedulers look it up and begin with the second, so that the last step finds no noise level.
-    """
-    stock = type(scheduler).set_timesteps
-    # A reference from the scheduler to itself would keep its tensors until the next garbage collection.
-    itself = weakref.ref(scheduler)
-
-    @functools.wraps(stock)
-    def set_timesteps(*args: Any, **kwargs: Any) -> None:
-        if (there := itself()) is not None:
-            stock(there, *args, **kwargs)
-            there.set_begin_index(0)
-
-    scheduler.set_timesteps = set_timesteps
-
-
-def _schedule_options(schedule_type: str) -> dict[str, Any]:
-    if schedule_type == AUTOMATIC:
+def _schedule_options(schedule_type: str, own_levels: bool) -> dict[str, Any]:
+    if schedule_type == AUTOMATIC and own_levels:
         return {}
     return {**dict.fromkeys(_OWN_LEVELS, False), **SCHEDULES[schedule_type].options}

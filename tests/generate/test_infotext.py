@@ -29,6 +29,7 @@ def test_the_three_lines():
     settings = settings_of(text)
     assert settings["Steps"] == "28"
     assert settings["Sampler"] == "DPM++ 2M"
+    assert settings["Schedule type"] == "Automatic"
     assert settings["CFG scale"] == "5.5"
     assert settings["Size"] == "1024x1024"
     assert settings["Model"] == "some-model"
@@ -45,6 +46,20 @@ def test_no_negative_prompt_and_no_loras():
     text = infotext(GenerationRequest(prompt="猫\nline two"), 0, "tiny")
     assert text.startswith("猫\nline two\nSteps: 28, ")
     assert "Lora hashes" not in text
+
+
+def test_the_sampler_as_a1111_writes_it():
+    request = GenerationRequest("a", scheduler="DPM++ 2M SDE", schedule_type="sgm_uniform", eta=0.5)
+    assert (
+        infotext(request, 0, "m")
+        .splitlines()[1]
+        .startswith("Steps: 28, Sampler: DPM++ 2M SDE, Schedule type: SGM Uniform, CFG scale: 5.5, Seed: ")
+    )
+    assert "Eta" not in infotext(request, 0, "m")
+    assert settings_of(infotext(GenerationRequest("a", scheduler="DDIM", eta=0.5), 0, "m"))["Eta DDIM"] == "0.5"
+    given = GenerationRequest("a", scheduler="LCM", timesteps=(999, 499), num_inference_steps=2, guidance_rescale=0.7)
+    settings = settings_of(infotext(given, 0, "m"))
+    assert (settings["Timesteps"], settings["Guidance rescale"]) == ("999 499", "0.7")
 
 
 def test_strength_is_there_for_image_to_image_only():

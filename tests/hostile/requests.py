@@ -35,7 +35,10 @@ FIELDS = (
     ),
     *("output_quality", "preview", "prompt_syntax", "prompt_emphasis", "clip_skip", "inspect_prompt", "embeddings"),
 )
-SCHEDULERS = ("PNDM", "KLMS", "DDIM", "K_EULER", "K_EULER_ANCESTRAL", "DPMSolverMultistep", "DPMSolverSinglestep")
+SCHEDULERS = (
+    *("PNDM", "KLMS", "DDIM", "K_EULER", "K_EULER_ANCESTRAL", "DPMSolverMultistep", "DPMSolverSinglestep"),
+    *("DPM++ 2M SDE Karras", "dpmpp_sde", "heun", "LCM", "TCD", "DPM++ 2S a", "sa_solver", "DPM2 a Beta"),
+)
 
 
 def deep(random: Random) -> Any:
@@ -138,6 +141,10 @@ def _good(random: Random) -> dict[str, Any]:
         "negative_prompt": random.choice((None, "", "fog, " * 40)),
         "scheduler": random.choice(SCHEDULERS),
         "num_inference_steps": random.choice((1, 2, 4)),
+        "schedule_type": random.choice(("automatic", "automatic", "SGM Uniform", "Karras")),
+        "timesteps": random.choice((None, None, None, [999, 499], [0], list(range(999, 899, -1)))),
+        "eta": random.choice((None, 0, 1)),
+        "guidance_rescale": random.choice((0, 0.7, 1)),
         "seed": random.choice((None, -1, 0, 2**64 - 1)),
         "guidance_scale": random.choice((0, 1, 7.5, 100)),
         "num_images": random.choice((1, 1, 8)),
