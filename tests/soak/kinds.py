@@ -43,6 +43,8 @@ def kinds(server: FileServer, cache: Path) -> list[Kind]:
     return [
         *_text_to_image(url),
         *_image_to_image(url),
+        *_inpainting(url),
+        *_hires(url),
         *_several(),
         *_stopped(url),
         *_failures(url),
@@ -52,6 +54,10 @@ def kinds(server: FileServer, cache: Path) -> list[Kind]:
 def _serve(server: FileServer, lora: bytes) -> str:
     start = _png(Image.linear_gradient("L").convert("RGB").resize((96, 80)))
     server.add("/start.png", whole(start))
+    mask = Image.new("L", (96, 80), 0)
+    mask.paste(255, (16, 16, 64, 56))
+    server.add("/mask.png", whole(_png(mask)))
+    server.add("/black.png", whole(_png(Image.new("L", (96, 80), 0))))
     server.add("/half.png", whole(start[: len(start) // 2]))
     server.add("/cut.png", cut(start, after=len(start) // 2))
     server.add("/page.png", status(200, b"<html>not here</html>", content_type="text/html"))
@@ -115,6 +121,33 @@ def _image_to_image(url: str) -> list[Kind]:
     ]
 
 
+def _masked(url: str) -> dict[str, Any]:
+    return {"image_url": f"{url}/start.png", "mask_url": f"{url}/mask.png"}
+
+
+def _inpainting(url: str) -> list[Kind]:
+    both = _masked(url)
+    return [
+        _drawn("inpainting", **both),
+        _drawn(
+            "inpainting with a lora", 2, **both, loras=[EXAMPLE_LORA], prompts=["a (cat:1.3)", "a dog"], prompt=None
+        ),
+        _drawn("inpainting turned round", **both, invert_mask=True, mask_blur=0, scheduler="Heun"),
+        _drawn(
+            "inpainting around the mask", 2, **both, inpaint_full_res=True, inpaint_padding=8, seed=None, seeds=[3, 3]
+        ),
+        _drawn("outpainting", image_url=both["image_url"], extend={"left": 32, "bottom": 16}),
+    ]
+
+
+def _hires(url: str) -> list[Kind]:
+    return [
+        _drawn("hires", hires={"scale": 2, "steps": 3}),
+        _drawn("hires by lanczos", 2, hires={"scale": 1.5, "upscaler": "lanczos"}, loras=[EXAMPLE_LORA], num_images=2),
+        _drawn("hires of an image", image_url=f"{url}/start.png", strength=0.5, hires={"scale": 1.5, "strength": 0.6}),
+    ]
+
+
 def _several() -> list[Kind]:
     prompts = ["a cat", "a (cat:1.5)", "a dog BREAK snow", "a cat"]
     return [
@@ -127,6 +160,7 @@ def _several() -> list[Kind]:
 
 def _stopped(url: str) -> list[Kind]:
     endless = {**SMALL, **ENDLESS}
+    second = {"num_inference_steps": 2, "width": 256, "height": 256, "hires": {"scale": 3, "steps": 150}}
     return [
         Kind("stopped", endless, stop_at="denoising"),
         Kind("stopped with a lora", {**endless, "loras": [EXAMPLE_LORA]}, stop_at="denoising"),
@@ -137,6 +171,8 @@ def _stopped(url: str) -> list[Kind]:
             step=3,
         ),
         Kind("stopped image", {**endless, "image_url": f"{url}/start.png", "strength": 1}, stop_at="denoising"),
+        Kind("stopped inpainting", {**endless, **_masked(url), "strength": 1}, stop_at="denoising"),
+        Kind("stopped second pass", {**endless, **second, "loras": [EXAMPLE_LORA]}, stop_at="denoising", step=3),
         Kind("stopped download", {**SMALL, "loras": [f"{url}/slow.safetensors"]}, stop_at="downloading"),
     ]
 
@@ -154,6 +190,9 @@ def _failures(url: str) -> list[Kind]:
         _fails("picture that is a page", "INVALID_INPUT", image_url=f"{url}/page.png"),
         _fails("picture that is not there", "INVALID_INPUT", image_url=f"{url}/missing.png"),
         _fails("picture of junk", "INVALID_INPUT", image=_data_uri(b"no picture at all")),
+        _fails("mask of nothing", "INVALID_INPUT", image_url=f"{url}/start.png", mask_url=f"{url}/black.png"),
+        _fails("mask without a picture", "INVALID_INPUT", mask_url=f"{url}/mask.png"),
+        _fails("hires beyond its scale", "INVALID_INPUT", hires={"scale": 4}),
         _fails("not even one fits", "OUT_OF_MEMORY", width=NEVER_FITS, num_images=2),
         _fails("breaks half-way", "INTERNAL", width=BREAKS, loras=[EXAMPLE_LORA]),
         _fails("not a number", "GENERATION_FAILED", width=NOT_A_NUMBER, num_images=2),
