@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from sdxl_worker.lora.ready import ReadyLora
     from sdxl_worker.request import GenerationRequest
 
+_SETTING = "PREDICTION_TYPE"
+
 # From zero terminal SNR on the noise levels reach from 4096 to 0.03. Diffusers spreads Beta over them and not over the
 # timesteps: nearly all of its steps are where there is nothing to see yet, and the picture is a blur.
 _BLURRED_FROM_ZERO_SNR = "beta"
@@ -26,19 +28,22 @@ _BLURRED_FROM_ZERO_SNR = "beta"
 def wanted_prediction(setting: str, said: Prediction) -> Prediction | None:
     """What PREDICTION_TYPE (`setting`, "" for automatic) and the file make of it; None leaves the config as it is."""
     if setting == EPSILON:
-        return Prediction(EPSILON, source="PREDICTION_TYPE")
+        return Prediction(EPSILON, source=_SETTING)
     if setting == V_PREDICTION and said.kind != V_PREDICTION:
-        return Prediction(V_PREDICTION, zero_snr=True, source="PREDICTION_TYPE")
+        return Prediction(V_PREDICTION, zero_snr=True, source=_SETTING)
     return said if said.kind == V_PREDICTION else None
 
 
 def predicting(scheduler: SchedulerMixin, prediction: Prediction) -> SchedulerMixin:
     """A scheduler with the config of `scheduler` for a model with this prediction.
 
-    An EulerDiscreteScheduler, whatever it was: not every class keeps `rescale_betas_zero_snr` in its config.
+    An EulerDiscreteScheduler, whatever it was: not every class keeps `rescale_betas_zero_snr` in its config. A config
+    that says the same as the setting stays as it is: it knows more than the setting does.
     """
     import diffusers
 
+    if prediction.source == _SETTING and scheduler.config.prediction_type == prediction.kind:
+        return scheduler
     options: dict[str, Any] = {"prediction_type": prediction.kind, "rescale_betas_zero_snr": prediction.zero_snr}
     if prediction.zero_snr:
         options["timestep_spacing"] = "trailing"

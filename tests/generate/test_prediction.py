@@ -115,6 +115,20 @@ def test_a_folder_keeps_its_own_config_unless_the_setting_says_otherwise(pipelin
     assert changed.scheduler.config.rescale_betas_zero_snr is False
 
 
+def test_a_setting_that_says_what_the_folder_says_changes_nothing(pipeline, tmp_path: Path):
+    scheduler = diffusers.EulerDiscreteScheduler(**BETAS, **V_ONLY)
+    diffusers.StableDiffusionXLPipeline(**{**pipeline.components, "scheduler": scheduler}).save_pretrained(
+        tmp_path / "a"
+    )
+    settings = Settings(model_id=str(tmp_path / "a"), lora_cache_dir=tmp_path, prediction_type="v_prediction")
+    config = load_pipeline(settings)[0].scheduler.config
+    assert (config.prediction_type, config.rescale_betas_zero_snr, config.timestep_spacing) == (
+        "v_prediction",
+        False,
+        "leading",
+    )
+
+
 def test_the_built_in_model_takes_the_setting_too(pipeline, tmp_path: Path):
     loaded, _ = load_pipeline(Settings(model_id="tiny", lora_cache_dir=tmp_path, prediction_type="v_prediction"))
     expected = by_hand(pipeline, diffusers.EulerAncestralDiscreteScheduler(**BETAS, **V_ZERO_SNR))
