@@ -11,9 +11,11 @@ import torch
 from PIL import Image
 
 from sdxl_worker.generate import render as render_module
+from sdxl_worker.generate.inpaint import made_ready
 from sdxl_worker.generate.render import render
 from sdxl_worker.request import GenerationRequest
 from sdxl_worker.schedulers import SCHEDULERS
+from sdxl_worker.second_pass import Hires
 from tests.support.pictures import farthest, same
 
 # scheduler/scheduler_config.json of stabilityai/stable-diffusion-xl-base-1.0.
@@ -78,13 +80,15 @@ START = Image.linear_gradient("L").convert("RGB").resize((64, 64))
 def stock(pipeline: Any, name: str, options: dict[str, Any] | None = None, **call: Any) -> Image.Image:
     """The picture of seed 11, by text-to-image, or image-to-image where the call has an image."""
     scheduler_class, own, arguments, _ = STOCK[name]
-    pipeline_class = (
-        diffusers.StableDiffusionXLImg2ImgPipeline if "image" in call else diffusers.StableDiffusionXLPipeline
-    )
+    pipeline_class = {
+        frozenset(): diffusers.StableDiffusionXLPipeline,
+        frozenset({"image"}): diffusers.StableDiffusionXLImg2ImgPipeline,
+        frozenset({"image", "mask_image"}): diffusers.StableDiffusionXLInpaintPipeline,
+    }[frozenset({"image", "mask_image"} & set(call))]
     components = {**pipeline.components, "scheduler": scheduler_class.from_config(SHIPPED, **own, **(options or {}))}
     view = pipeline_class(**components, add_watermarker=False)
     view.set_progress_bar_config(disable=True)
-    size = {} if "image" in call else {"height": 64, "width": 64}
+    size = {} if pipeline_class is diffusers.StableDiffusionXLImg2ImgPipeline else {"height": 64, "width": 64}
     generator = torch.Generator().manual_seed(11)
     arguments = {"num_inference_steps": 4, "guidance_scale": 5.5, **size, **arguments, **call}
     return view("a lighthouse", generator=generator, **arguments).images[0]
@@ -163,13 +167,28 @@ def test_timesteps(name: str, pipeline):
     assert farthest(picture, stock(pipeline, name, **literal, image=START, strength=0.5)) <= 1
 
 
-@pytest.mark.parametrize("inputs", [{}, {"image_url": START}], ids=["text", "image"])
-def test_guidance_rescale(inputs: dict[str, Image.Image], pipeline):
-    request = replace(REQUEST, scheduler="K_EULER", guidance_rescale=0.7, strength=0.8)
+WHITE = Image.new("L", (64, 64), 255)
+
+
+@pytest.mark.parametrize("given", [{}, {"image": START}, {"image": START, "mask_image": WHITE}], ids=len)
+def test_guidance_rescale(given: dict[str, Any], pipeline):
+    names = {"image": "image_url", "mask_image": "mask_url"}
+    urls: dict[str, Any] = {names[name]: "https://a/b" for name in given}
+    request = replace(REQUEST, scheduler="K_EULER", guidance_rescale=0.7, strength=0.8, **urls)
+    inputs = {names[name]: given[name] for name in given}
+    inputs = made_ready(request, inputs) if "mask_image" in given else inputs
     (picture,) = render(pipeline, request, inputs=inputs)
-    from_picture: dict[str, Any] = {"image": START, "strength": 0.8} if inputs else {}
-    assert farthest(picture, stock(pipeline, "K_EULER", guidance_rescale=0.7, **from_picture)) <= 1
-    assert farthest(picture, stock(pipeline, "K_EULER", **from_picture)) > 1
+    call = {**given, "strength": 0.8} if given else {}
+    assert farthest(picture, stock(pipeline, "K_EULER", guidance_rescale=0.7, **call)) <= 1
+    assert farthest(picture, stock(pipeline, "K_EULER", **call)) > 1
+
+
+def test_timesteps_are_for_the_first_pass_of_hires(pipeline):
+    request = replace(REQUEST, scheduler="LCM", timesteps=(999, 600, 300, 100), hires=Hires(scale=1.5, steps=2))
+    calls: list[int] = []
+    (picture,) = render(pipeline, request, on_step=lambda step, _total, _latents: calls.append(step))
+    assert (picture.size, calls) == ((96, 96), [1, 2, 3, 4, 5, 6])
+    assert farthest(picture, render(pipeline, replace(request, timesteps=None))[0]) > 1
 
 
 def test_a_checkpoint_s_own_levels_give_way(pipeline, monkeypatch):
