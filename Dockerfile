@@ -2,6 +2,7 @@
 #
 #   docker build -t my-sdxl-worker .                                          SDXL base 1.0 inside the image
 #   docker build --build-arg MODEL_ID=SG161222/RealVisXL_V5.0 -t my-worker .  another model inside the image
+#   docker build --build-arg REFINER_ID=stabilityai/stable-diffusion-xl-refiner-1.0 -t my-worker .  the refiner as well
 #   docker build --build-arg BAKE_MODEL=0 -t my-sdxl-worker .                 no weights: they come from RunPod's model
 #                                                                             cache, or are downloaded at the first start
 #   docker build --secret id=HF_TOKEN,env=HF_TOKEN ...                        a gated or private model
@@ -38,7 +39,8 @@ RUN ln -s /runpod-volume/models /models
 # worker uses it for local model folders too, which bring a VAE of their own.
 ARG BAKE_MODEL=1
 ARG MODEL_ID=stabilityai/stable-diffusion-xl-base-1.0
-ENV MODEL_ID=$MODEL_ID
+ARG REFINER_ID=
+ENV MODEL_ID=$MODEL_ID REFINER_ID=$REFINER_ID
 COPY sdxl_worker/__init__.py sdxl_worker/checks.py sdxl_worker/data_uris.py sdxl_worker/errors.py sdxl_worker/kinds.py sdxl_worker/logs.py \
      sdxl_worker/masking.py sdxl_worker/prediction_marks.py sdxl_worker/settings.py sdxl_worker/text.py ./sdxl_worker/
 COPY sdxl_worker/assets ./sdxl_worker/assets

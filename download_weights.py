@@ -17,7 +17,7 @@ from sdxl_worker.assets.kind import Kind
 from sdxl_worker.assets.report import file_facts, listed_json, write_facts, write_json, write_list, write_table
 from sdxl_worker.assets.store import AssetStore
 from sdxl_worker.errors import WorkerError
-from sdxl_worker.generate.base_model import BaseModel, find_base_model, find_vae
+from sdxl_worker.generate.base_model import BaseModel, find_base_model, find_refiner, find_vae
 from sdxl_worker.generate.checkpoint_facts import read_checkpoint
 from sdxl_worker.kinds import CHECKPOINT, EMBEDDING, LORA
 from sdxl_worker.logs import masked
@@ -108,7 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 _DESCRIPTION = """\
-Without options: download the base model (MODEL_ID) and the VAE (VAE_ID), as the image build does.
+Without options: download the base model (MODEL_ID), the VAE (VAE_ID) and, where REFINER_ID names one, the
+refiner, as the image build does.
 With --lora, --embedding, --list, --prune or --verify: fill, show or tend the cache of LoRAs and
 embeddings (LORA_CACHE_DIR). With --checkpoint: get that base model; --inspect says what it is."""
 
@@ -127,7 +128,7 @@ examples
   LORA_CACHE_DIR=.cache/loras python download_weights.py --lora user/repo --inspect
   python download_weights.py --checkpoint my-model.safetensors --inspect
 
-environment: MODEL_ID, VAE_ID, LORA_CACHE_DIR, LORA_CACHE_MAX_GB, LORA_MAX_MB, DOWNLOAD_TIMEOUT;
+environment: MODEL_ID, VAE_ID, REFINER_ID, LORA_CACHE_DIR, LORA_CACHE_MAX_GB, LORA_MAX_MB, DOWNLOAD_TIMEOUT;
 HF_TOKEN and CIVITAI_API_TOKEN open private and gated files. README.md lists them all.
 
 exit status: 0 when everything asked for worked, 1 when something failed (standard error says
@@ -248,12 +249,18 @@ def _get_base_model(options: argparse.Namespace, settings: Settings) -> int:
     if model.allow_vae_override:
         with _progress_bar(mask(settings.vae_id)) as update:
             vae = find_vae(settings, on_progress=update)
+    refiner = None
+    if settings.refiner_id:
+        with _progress_bar(mask(settings.refiner_id)) as update:
+            refiner = find_refiner(settings, on_progress=update)
     facts = {
         "model": model.name,
         "kind": model.kind,
         "path": str(model.path or ""),
         "vae": str(vae or "the model's own"),
     }
+    if refiner is not None:
+        facts |= {"refiner": refiner.name, "refiner_path": str(refiner.path or "")}
     if options.json:
         write_json(facts)
     else:

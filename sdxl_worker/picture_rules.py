@@ -35,8 +35,16 @@ def starts_from_picture(values: Mapping[str, Any]) -> bool:
     return bool(_given_of(values, "image_url"))
 
 
-def problems(values: Mapping[str, Any], bad: Collection[str]) -> list[str]:
-    """What is wrong with fields that are each good on their own; `values` are `resolved`."""
+def is_inpainting(values: Mapping[str, Any]) -> bool:
+    """True when a part of a picture, or what lies beyond it, is drawn."""
+    return bool(_given_of(values, "mask_url") or _extend(values))
+
+
+def problems(values: Mapping[str, Any], bad: Collection[str], *, by_base_model: bool = True) -> list[str]:
+    """What is wrong with fields that are each good on their own; `values` are `resolved`.
+
+    `by_base_model`: a picture to start from is drawn by the base model, in its steps.
+    """
     given = {name: _given_of(values, name) for name in PICTURE_FIELDS}
     found = [f"{' and '.join(of)} mean the same: give one of them" for of in given.values() if len(of) > 1]
     image, extend = given["image_url"], _extend(values, bad)
@@ -47,18 +55,19 @@ def problems(values: Mapping[str, Any], bad: Collection[str]) -> list[str]:
     if extend and not {"width", "height"} & set(bad):
         too_long = [side for side in ("width", "height") if values[side] > MAX_SIDE]
         found += [f"{side} with extend is {values[side]} and must be at most {MAX_SIDE}" for side in too_long]
-    if image and not {*image, "num_inference_steps", "strength"} & set(bad):
+    if image and by_base_model and not {*image, "num_inference_steps", "strength"} & set(bad):
         steps, strength = values["num_inference_steps"], values["strength"]
         if strength > 0 and int(steps * strength) < 1:
             found.append(f"num_inference_steps x strength must be at least 1 with {image[0]}; strength is {strength:g}")
     return found
 
 
-def ignored(values: Mapping[str, Any], raw: Mapping[str, Any]) -> list[str]:
-    """A sentence for each field that was given and has no effect."""
+def ignored(values: Mapping[str, Any], raw: Mapping[str, Any], *, strength_counts: bool = False) -> list[str]:
+    """A sentence for each field that was given and has no effect; `strength_counts` without a picture too."""
     there = {name: bool(_given_of(values, name)) for name in PICTURE_FIELDS}
     there["inpaint_full_res"] = values["inpaint_full_res"]
-    found = [] if there["image_url"] or raw.get("strength") is None else ["strength has no effect without image_url"]
+    has_effect = there["image_url"] or strength_counts or raw.get("strength") is None
+    found = [] if has_effect else ["strength has no effect without image_url"]
     for needed, names in _NEEDED.items():
         found += [f"{name} has no effect without {needed}" for name in names if name in raw and not there[needed]]
     if "mask_blur" in raw and not there["mask_url"] and not _extend(values):

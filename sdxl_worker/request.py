@@ -141,10 +141,11 @@ class GenerationRequest:
     Sizes are in pixels. A negative_prompt of None gives another picture than "". `prompts` and `seeds` are one for each
     picture: the former stand in place of `prompt`, and the first of the latter is `seed`. No seed is negative.
     `scheduler` and `schedule_type` are the names of the tables in schedulers.py. Where there are `timesteps`,
-    `num_inference_steps` is their number. An `eta` of None is the sampler's own. `strength` is used with a picture
-    only. `image` means the same as `image_url`, and `mask` as `mask_url`; width and height are the answer's, `extend`
-    included. `loras` and `embeddings` are the usable entries; `..._requested` says that the request had some, usable
-    or not; `given` names the input's fields that it did not leave out or null. Values made directly are not checked.
+    `num_inference_steps` is their number. An `eta` of None is the sampler's own. `strength` is used with a picture or a
+    refiner only. `image` means the same as `image_url`, and `mask` as `mask_url`; width and height are the answer's,
+    `extend` included. `loras` and `embeddings` are the usable entries; `..._requested` says that the request had some,
+    usable or not; `given` names the input's fields that it did not leave out or null; `refiner` is the name of the
+    worker's refiner, empty where it has none. Values made directly are not checked.
     """
 
     prompt: str = _input(or_null(text(MAX_PROMPT_CHARACTERS)), None, lambda value: value or "")
@@ -187,6 +188,7 @@ class GenerationRequest:
     loras_requested: bool = False
     embeddings_requested: bool = False
     given: frozenset[str] = frozenset()
+    refiner: str = ""
     warnings: tuple[str, ...] = ()
 
     def prompt_of(self, index: int) -> str:

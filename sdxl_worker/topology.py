@@ -8,6 +8,7 @@ key names mean the same modules; only widths and depths change.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -102,7 +103,7 @@ def build_sdxl(
 
     with torch.random.fork_rng(devices=[device] if device.startswith("cuda") else []):
         torch.manual_seed(seed)
-        with _default_dtype(dtype), torch.device(device):
+        with default_dtype(dtype), torch.device(device):
             unet, vae = _unet(size, in_channels), _vae(size)
             text_encoder = CLIPTextModel(_text_config(size, size.text, "quick_gelu"))
             text_encoder_2 = CLIPTextModelWithProjection(_text_config(size, size.text_2, "gelu"))
@@ -169,7 +170,8 @@ def _example_tensors() -> dict[str, torch.Tensor]:
 
 
 @contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype):
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Inside, new tensors are of `dtype` where nothing else is said."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -11,6 +11,7 @@ from sdxl_worker.data_uris import is_data_uri
 from sdxl_worker.embedding_entries import parse_embedding_entries
 from sdxl_worker.errors import InvalidRequest
 from sdxl_worker.lora_entries import parse_lora_entries
+from sdxl_worker.refinement import plan, refiner_problems, unused
 from sdxl_worker.request import FIELDS, PER_PICTURE, PICTURE_FIELDS, GenerationRequest
 from sdxl_worker.sampling import resolve, sampling_problems, sampling_warnings
 from sdxl_worker.second_pass import hires_problems
@@ -25,11 +26,11 @@ MAX_PROBLEMS = 40
 INPUT_SCHEMA: dict[str, dict[str, Any]] = {name: field.as_schema() for name, field in FIELDS.items()}
 
 
-def validate_request(raw: Any) -> GenerationRequest:
+def validate_request(raw: Any, refiner: str = "") -> GenerationRequest:
     """The request in `raw` with every default filled in; a missing seed is drawn at random.
 
-    Malformed entries of `loras` and `embeddings` are skipped and named in `warnings`. Raises InvalidRequest, naming
-    every problem.
+    `refiner` is the name of the worker's refiner, empty where it has none. Malformed entries of `loras` and
+    `embeddings` are skipped and named in `warnings`. Raises InvalidRequest, naming every problem.
     """
     if not isinstance(raw, dict):
         raise InvalidRequest(f"input must be an object with at least a prompt, not {shown(raw)}")
@@ -40,7 +41,7 @@ def validate_request(raw: Any) -> GenerationRequest:
     values["num_images"] = raw.get("num_images", _number_of_pictures(values, problems))
     given = frozenset(name for name, value in raw.items() if value is not None)
     sampling = resolve(values, given, problems)
-    values = sampling.values
+    values = {**sampling.values, "given": sampling.given, "refiner": refiner}
     combined = [*combined_problems(values, problems), *_per_picture_problems(values, problems)]
     sentences = [*problems.values(), *sampling.problems, *combined]
     if sentences:
@@ -55,6 +56,7 @@ def validate_request(raw: Any) -> GenerationRequest:
         loras_requested=bool(values["loras"]),
         embeddings_requested=bool(values["embeddings"]),
         given=sampling.given,
+        refiner=refiner,
         warnings=lora_warnings + embedding_warnings + sampling.warnings + _ignored(values, raw),
     )
 
@@ -95,10 +97,15 @@ def _field_problems(raw: Mapping[str, Any]) -> dict[str, str]:
 def combined_problems(values: Mapping[str, Any], bad: Collection[str] = ()) -> list[str]:
     """What is wrong with fields that are each good on their own; `bad` are those that are not."""
     problems = sampling_problems(values, bad)
+    by_base_model = True
     if not {*work.FIELDS, *PICTURE_FIELDS["image_url"]} & set(bad):
-        problems += work.problems(values, to_image=picture_rules.starts_from_picture(values))
+        refinement = plan(values)
+        by_base_model = refinement is None or not refinement.is_alone
+        problems += refiner_problems(values, refinement)
+        to_image = picture_rules.starts_from_picture(values)
+        problems += work.problems(values, to_image=to_image, refinement=refinement)
     problems += hires_problems(values, bad)
-    return problems + picture_rules.problems(values, bad)
+    return problems + picture_rules.problems(values, bad, by_base_model=by_base_model)
 
 
 def _number_of_pictures(values: Mapping[str, Any], bad: Collection[str]) -> int:
@@ -126,9 +133,6 @@ def _per_picture_problems(values: Mapping[str, Any], bad: Collection[str]) -> li
 
 
 def _ignored(values: Mapping[str, Any], raw: Mapping[str, Any]) -> tuple[str, ...]:
-    warnings = sampling_warnings(values) + [
-        f"{name} has no effect: this worker has no refiner"
-        for name in ("refiner_inference_steps", "high_noise_frac")
-        if values[name] is not None
-    ]
-    return (*warnings, *picture_rules.ignored(values, raw))
+    is_refined = plan(values) is not None
+    ignored = picture_rules.ignored(values, raw, strength_counts=is_refined)
+    return (*sampling_warnings(values), *unused(values), *ignored)

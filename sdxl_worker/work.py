@@ -6,11 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sdxl_worker.refinement import FIELDS as REFINER_FIELDS
+from sdxl_worker.refinement import Refinement
 from sdxl_worker.schedulers import SCHEDULERS
 from sdxl_worker.second_pass import as_hires
 
 # The fields that it depends on.
-FIELDS = frozenset({"width", "height", "num_images", "num_inference_steps", "scheduler", "strength", "hires"})
+FIELDS = frozenset(
+    {"width", "height", "num_images", "num_inference_steps", "scheduler", "strength", "hires", *REFINER_FIELDS}
+)
 # Two pictures of 1024 x 1024 with 128 calls, or one of 2048 x 2048 with 64: a few minutes on a small GPU.
 MAX_PIXEL_CALLS = 2**28
 
@@ -24,16 +28,20 @@ class PassWork:
     calls: int
 
 
-def passes(values: Mapping[str, Any], *, to_image: bool) -> list[PassWork]:
+def passes(values: Mapping[str, Any], *, to_image: bool, refinement: Refinement | None = None) -> list[PassWork]:
     """What draws one picture of the request whose fields are `values`, by the tables' own names.
 
-    `to_image` = it starts from a picture, which leaves out the first steps.
+    `to_image` = it starts from a picture, which leaves out the first steps; `refinement` is the refiner's part.
     """
     steps, strength = values["num_inference_steps"], values["strength"]
+    scheduler, width, height = SCHEDULERS[values["scheduler"]], values["width"], values["height"]
+    if refinement is not None:
+        runs = [] if refinement.is_alone else [(steps, refinement.base_steps(steps))]
+        runs += [(refinement.steps, refinement.drawn_steps)]
+        return [PassWork(width, height, scheduler.calls(run, run - part)) for run, part in runs if part]
     skipped = steps - min(int(steps * strength), steps) if to_image else 0
     if skipped == steps:
         return []
-    scheduler, width, height = SCHEDULERS[values["scheduler"]], values["width"], values["height"]
     first = PassWork(width, height, scheduler.calls(steps, skipped))
     hires = as_hires(values["hires"])
     if hires is None:
@@ -43,9 +51,9 @@ def passes(values: Mapping[str, Any], *, to_image: bool) -> list[PassWork]:
     return [first, PassWork(*hires.size(width, height), scheduler.calls(whole, whole - made))]
 
 
-def problems(values: Mapping[str, Any], *, to_image: bool) -> list[str]:
+def problems(values: Mapping[str, Any], *, to_image: bool, refinement: Refinement | None = None) -> list[str]:
     """A sentence when the request asks for too much."""
-    each = passes(values, to_image=to_image)
+    each = passes(values, to_image=to_image, refinement=refinement)
     work = values["num_images"] * sum(step.width * step.height * step.calls for step in each)
     if work <= MAX_PIXEL_CALLS:
         return []

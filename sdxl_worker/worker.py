@@ -19,6 +19,7 @@ from PIL.Image import Image
 from sdxl_worker import prompts
 from sdxl_worker.assets.store import AssetStore
 from sdxl_worker.errors import Cancelled, ModelUnavailable, OutOfMemory
+from sdxl_worker.generate.infotext import model_name
 from sdxl_worker.generate.prepare import Prepared, inspected, prepare
 from sdxl_worker.job_run import Denoising, JobRun, NoProgress, Progress
 from sdxl_worker.kinds import EMBEDDING, LORA
@@ -44,6 +45,8 @@ from sdxl_worker.validation import validate_request
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
 
+    from sdxl_worker.generate.refiner import Refiner
+
 logger = logging.getLogger(__name__)
 
 
@@ -61,6 +64,7 @@ class Worker:
         self.turns = Turns()
         self.saved: list[Path] = []
         self._lock = threading.RLock()
+        self.refiner: Refiner | None = None
         self._pipeline: StableDiffusionXLPipeline | None = None
         self._model_hash: Future[str] | None = None
         self._engines: weakref.WeakKeyDictionary[Any, LoraEngine] = weakref.WeakKeyDictionary()
@@ -72,11 +76,14 @@ class Worker:
             if self._pipeline is None:
                 from sdxl_worker.generate.load import load_pipeline
                 from sdxl_worker.generate.model_hash import start_hashing
+                from sdxl_worker.generate.refiner import load_refiner
 
-                self._pipeline, model = load_pipeline(self.settings)
+                pipeline, model = load_pipeline(self.settings)
                 # Copied now: no render may use the originals meanwhile.
-                prompts.tokenizers_of(self._pipeline)
-                self._model_hash = start_hashing(model, self._pipeline)
+                prompts.tokenizers_of(pipeline)
+                self.refiner = load_refiner(self.settings, pipeline)
+                self._model_hash = start_hashing(model, pipeline)
+                self._pipeline = pipeline
             return self._pipeline
 
     def engine_of(self, pipeline: StableDiffusionXLPipeline) -> LoraEngine:
@@ -125,12 +132,12 @@ class Worker:
 
     def checks(self) -> list[functools.partial[None]]:
         """What has to pass before the first job on RunPod; each raises UnhealthyWorker."""
-        return checks(self.settings, lambda: self.pipeline)
+        return checks(self.settings, lambda: self.pipeline, lambda: self.refiner)
 
     def close(self) -> None:
         """Let go of the pipeline and all that was read for it; the next job would load it again."""
         with self._lock:
-            self._pipeline = self._model_hash = None
+            self._pipeline = self.refiner = self._model_hash = None
             self._engines.clear()
         gc.collect()
 
@@ -224,7 +231,8 @@ class Worker:
         limit = self.answer_limit(run.job_id)
         room = None if limit is None else limit - json_size({**answer, "warnings": warnings})
         model_hash = self._model_hash.result() if self._model_hash else ""
-        delivered = deliver(pictures, request, prepared.used, run, self.settings, self.mode, room, model_hash)
+        used = prepared.used if self.refiner is None else dataclasses.replace(prepared.used, refiner=self.refiner.title)
+        delivered = deliver(pictures, request, used, run, self.settings, self.mode, room, model_hash)
         self.saved += delivered.saved
         answer |= {"images": delivered.images, "image_url": delivered.images[0]}
         warnings += delivered.warnings
@@ -232,7 +240,7 @@ class Worker:
 
     def _request(self, raw_input: Any) -> GenerationRequest:
         """The validated request, with the worker's own prompt syntax where it names none, and with its lora tags."""
-        request = validate_request(raw_input)
+        request = validate_request(raw_input, model_name(self.settings.refiner_id))
         if request.prompt_syntax is None:
             request = dataclasses.replace(request, prompt_syntax=self.settings.prompt_syntax)
         return with_lora_tags(request)
@@ -247,6 +255,8 @@ class Worker:
         with ExitStack() as stack:
             stack.enter_context(run.device())
             stack.enter_context(self.health.watch())
+            # Before the LoRAs: the refiner, which gets none, shares the second text encoder.
+            refining = self.refiner.ready_for(request, prepared.embeddings) if self.refiner else None
             if prepared.loras:
                 loras = LoraSchedule(self.engine_of(pipeline), prepared.loras, run)
                 stack.enter_context(run.timed(loras.merged(), "applying_loras", "restoring"))
@@ -259,6 +269,7 @@ class Worker:
                 on_step=on_step,
                 before_step=loras.before_step if loras else None,
                 embeddings=prepared.embeddings,
+                refining=refining,
             )
             return pictures, loras.applied if loras else []
 

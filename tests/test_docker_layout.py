@@ -130,7 +130,9 @@ def test_weights_are_baked_unless_a_build_argument_says_no() -> None:
     for token in ("HF_TOKEN", "CIVITAI_API_TOKEN"):
         assert f"--mount=type=secret,id={token},required=false" in bake, "a build argument would stay in the image"
         assert not any(token in arguments for name, arguments in instructions() if name in ("ARG", "ENV"))
-    assert environment()["MODEL_ID"] == "$MODEL_ID", "what is baked is what is served"
+    for name in ("MODEL_ID", "REFINER_ID"):
+        assert environment()[name] == f"${name}", "what is baked is what is served"
+    assert "REFINER_ID=" in arguments_of("ARG")
 
 
 def test_the_worker_gets_the_stop_signal_itself() -> None:
@@ -160,14 +162,19 @@ def run_the_bake_step(folder: Path, **environment: str) -> str:
 
 
 def test_the_weights_are_fetched_by_the_files_copied_before_them(tmp_path: Path) -> None:
-    """Model and VAE from the Hub; the token comes from the build secret."""
+    """Model, VAE and refiner from the Hub; the token comes from the build secret."""
     weights = {f"{name}/model.fp16.safetensors": b"x" for name in ("text_encoder", "text_encoder_2", "unet", "vae")}
     with FileServer() as server, FileServer() as cdn:
         hub = Hub(server, cdn)
         hub.add("user/model", Repo({"model_index.json": b"{}", **weights}, gated=True))
         hub.add("user/vae", Repo({"config.json": b"{}", "model.safetensors": b"x"}))
-        said = run_the_bake_step(tmp_path, MODEL_ID="user/model", VAE_ID="user/vae", HF_ENDPOINT=hub.endpoint)
-    assert len(list((tmp_path / "home").rglob("*.safetensors"))) == 5
+        hub.add("user/refiner", Repo({"model_index.json": b"{}", **weights}))
+        ids = {"MODEL_ID": "user/model", "VAE_ID": "user/vae", "REFINER_ID": "user/refiner"}
+        said = run_the_bake_step(tmp_path, **ids, HF_ENDPOINT=hub.endpoint)
+    found = [path.relative_to(tmp_path) for path in (tmp_path / "home").rglob("*.safetensors")]
+    assert len(found) == 4 + 1 + 1
+    # Text encoder and VAE are the base model's.
+    assert [path.parent.name for path in found if "models--user--refiner" in path.parts] == ["unet"]
     assert "hf_secret" not in said
 
 

@@ -173,7 +173,20 @@ def test_verify_and_prune(server: FileServer, tmp_path: Path, capsys: pytest.Cap
 
 def test_the_base_model_is_what_no_option_means(server: FileServer, capsys: pytest.CaptureFixture[str]):
     code, out, _ = run(capsys, "--json")
-    assert (code, json.loads(out)["kind"]) == (0, "tiny")
+    assert (code, json.loads(out)["kind"], "refiner" in json.loads(out)) == (0, "tiny", False)
+
+
+def test_the_refiner_is_fetched_with_it(
+    server: FileServer, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "refiner").mkdir()
+    (tmp_path / "refiner" / "model_index.json").write_text("{}")
+    monkeypatch.setenv("REFINER_ID", str(tmp_path / "refiner"))
+    code, out, _ = run(capsys, "--json")
+    assert (code, json.loads(out)["refiner_path"]) == (0, str(tmp_path / "refiner"))
+    monkeypatch.setenv("REFINER_ID", str(tmp_path / "nothing"))
+    code, _, err = run(capsys)
+    assert (code, "REFINER_ID" in err) == (1, True)
 
 
 def test_a_missing_base_model_says_what_to_do(

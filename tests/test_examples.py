@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from sdxl_worker.assets.sources import parse_reference
+from sdxl_worker.generate.refiner import load_refiner
 from sdxl_worker.kinds import EMBEDDING, LORA
 from sdxl_worker.settings import Settings
 from sdxl_worker.topology import EXAMPLE_LORA, write_example_lora
@@ -34,7 +35,7 @@ def load(path: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_is_valid_as_it_stands(path: Path) -> None:
     fields = load(path)
-    request = validate_request(fields)
+    request = validate_request(fields, "a refiner")
     assert request.warnings == ()
     assert len(request.loras) == len(fields.get("loras", []))
     for lora in request.loras:
@@ -66,9 +67,10 @@ def test_an_example_renders(path: Path, pipeline, engine, server: FileServer, tm
         fields["prompt"] = re.sub(r"<lora:\S+?((?::[\d.]+)*)>", rf"<lora:{EXAMPLE_LORA}\1>", fields["prompt"])
     for embedding in fields.get("embeddings", []):
         embedding["path"] = save_embedding(tmp_path / "embedding.safetensors", vectors(pipeline, 2)).name
-    worker = Worker(Settings(model_id="tiny", lora_cache_dir=tmp_path))
+    worker = Worker(Settings(model_id="tiny", refiner_id="tiny", lora_cache_dir=tmp_path))
     write_example_lora(tmp_path)
     worker._pipeline = pipeline
+    worker.refiner = load_refiner(worker.settings, pipeline)
     monkeypatch.setattr(worker, "engine_of", lambda _: engine)
     answer = worker.run({"id": "example", "input": fields})
     lists = [len(fields[name]) for name in ("seeds", "prompts") if name in fields]
@@ -83,6 +85,6 @@ def test_an_example_renders(path: Path, pipeline, engine, server: FileServer, tm
 def test_the_readme_leads_to_the_examples() -> None:
     led_to = (
         *("lora", "image_to_image", "worker_sdxl", "embedding", "lora_tags", "lora_steps", "seeds", "prompts"),
-        *("inpaint", "inpaint_full_res", "inpaint_data_uris", "outpaint", "hires"),
+        *("inpaint", "inpaint_full_res", "inpaint_data_uris", "outpaint", "hires", "refiner"),
     )
     assert [name for name in led_to if f"examples/{name}.json" not in README] == []

@@ -1,4 +1,4 @@
-"""Find the base model and VAE on this machine, and download them when they are not there."""
+"""Find the base model, the refiner and the VAE on this machine, and download them when they are not there."""
 
 import logging
 import re
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal, TypeVar
 
-from sdxl_worker.assets.references import Reference
 from sdxl_worker.assets.sources import parse_reference
 from sdxl_worker.assets.sources.hub import HubReference
 from sdxl_worker.assets.store import AssetStore
@@ -25,7 +24,6 @@ logger = logging.getLogger(__name__)
 RUNPOD_CACHE = Path("/runpod-volume/huggingface-cache/hub")
 ATTEMPTS = 5
 RETRY_S = 2.0
-_FOLDERS = frozenset({"scheduler", "tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "unet", "vae"})
 _TEXT = (".json", ".txt", ".model")
 # The first kind of weight file that a component has is taken; other precisions, EMA copies and frameworks are not.
 _STEM, _SHARD = r"(model|diffusion_pytorch_model|pytorch_model)", r"(-\d+-of-\d+)?"
@@ -36,6 +34,28 @@ _WEIGHT_KINDS = tuple(
 )
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a variable asks for: the file that marks its folder, the folders of a pipeline repo that are downloaded, and
+    those that have to hold weights."""
+
+    variable: str
+    index: str
+    folders: frozenset[str] = frozenset()
+    models: tuple[str, ...] = ()
+
+
+BASE_MODEL = Wanted(
+    "MODEL_ID",
+    "model_index.json",
+    frozenset({"scheduler", "tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "unet", "vae"}),
+    ("unet", "vae", "text_encoder", "text_encoder_2"),
+)
+# Text encoder and VAE are those of the base model.
+REFINER = Wanted("REFINER_ID", "model_index.json", frozenset({"scheduler", "unet"}), ("unet",))
+_VAE = Wanted("VAE_ID", "config.json")
 
 
 @dataclass(frozen=True)
@@ -61,24 +81,51 @@ def find_base_model(
 
     Raises ModelUnavailable with one sentence that says what to set or run.
     """
-    model_id = settings.model_id
+    return _find_model(settings.model_id, BASE_MODEL, settings, runpod_cache, on_progress)
+
+
+def find_refiner(
+    settings: Settings, *, runpod_cache: Path = RUNPOD_CACHE, on_progress: Callable[..., None] | None = None
+) -> BaseModel | None:
+    """REFINER_ID, found or downloaded like a base model; None when it is empty. Raises ModelUnavailable."""
+    if not settings.refiner_id:
+        return None
+    return _find_model(settings.refiner_id, REFINER, settings, runpod_cache, on_progress)
+
+
+def _find_model(
+    model_id: str,
+    wanted: Wanted,
+    settings: Settings,
+    runpod_cache: Path,
+    on_progress: Callable[..., None] | None,
+) -> BaseModel:
+    variable = wanted.variable
     chosen = settings.is_set("vae_id") and bool(settings.vae_id)
     if model_id == "tiny":
         return BaseModel("tiny", None, "tiny", allow_vae_override=False)
     local = Path(model_id).expanduser()
     if local.is_dir():
-        if not (local / "model_index.json").is_file():
-            raise ModelUnavailable(f"MODEL_ID is the folder {local.name}, which holds no model_index.json of diffusers")
+        if not (local / wanted.index).is_file():
+            raise ModelUnavailable(
+                f"{variable} is the folder {local.name}, which holds no model_index.json of diffusers"
+            )
         return BaseModel("folder", local, local.name, allow_vae_override=chosen)
     if local.is_file():
         if local.suffix != ".safetensors":
-            raise ModelUnavailable(f"MODEL_ID is the file {local.name}, which is not a .safetensors checkpoint")
+            raise ModelUnavailable(f"{variable} is the file {local.name}, which is not a .safetensors checkpoint")
         return BaseModel("file", local, local.name, allow_vae_override=True)
-    reference = _parse(model_id, settings)
+    try:
+        reference = parse_reference(model_id, settings, CHECKPOINT)
+    except FetchError:
+        raise ModelUnavailable(
+            f"{variable} is neither a Hub repo id, an existing folder or .safetensors file, a URL nor tiny; "
+            f"set {variable}"
+        ) from None
     if isinstance(reference, HubReference) and not reference.path:
-        path = _find_repo(reference, "model_index.json", settings, runpod_cache, "MODEL_ID", on_progress)
+        path = _find_repo(reference, wanted, settings, runpod_cache, on_progress)
         return BaseModel("folder", path, reference.shown, allow_vae_override=True)
-    path = find_weights(model_id, CHECKPOINT, "MODEL_ID", AssetStore(settings), on_progress)
+    path = find_weights(model_id, CHECKPOINT, variable, AssetStore(settings), on_progress)
     return BaseModel("file", path, reference.shown, allow_vae_override=True)
 
 
@@ -102,60 +149,46 @@ def find_vae(
             "set it, or set it to empty"
         ) from None
     if isinstance(reference, HubReference) and not reference.path:
-        return _find_repo(reference, "config.json", settings, runpod_cache, "VAE_ID", on_progress)
+        return _find_repo(reference, _VAE, settings, runpod_cache, on_progress)
     return find_weights(settings.vae_id, VAE, "VAE_ID", AssetStore(settings), on_progress)
-
-
-def _parse(model_id: str, settings: Settings) -> Reference:
-    try:
-        return parse_reference(model_id, settings, CHECKPOINT)
-    except FetchError:
-        raise ModelUnavailable(
-            "MODEL_ID is neither a Hub repo id, an existing folder or .safetensors file, a URL nor tiny; set MODEL_ID"
-        ) from None
 
 
 def _find_repo(
     reference: HubReference,
-    index: str,
+    wanted: Wanted,
     settings: Settings,
     runpod_cache: Path,
-    variable: str,
     on_progress: Callable[..., None] | None,
 ) -> Path:
     for cache in (runpod_cache, None):
-        found = cached_snapshot(reference, index, cache)
+        found = cached_snapshot(reference, wanted, cache)
         if found is not None:
             return found
     logger.warning("%s is on no local disk; downloading it", reference.shown)
-    return _download_repo(reference, settings, variable, on_progress or (lambda *_: None))
+    return _download_repo(reference, wanted, settings, on_progress or (lambda *_: None))
 
 
-def cached_snapshot(reference: HubReference, index: str, cache: Path | None) -> Path | None:
+def cached_snapshot(reference: HubReference, wanted: Wanted, cache: Path | None) -> Path | None:
     """The snapshot folder of a repo in a Hub cache (None = the user's own) if it is complete; no network."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(reference.repo, index, cache_dir=cache, revision=reference.revision)
+    found = try_to_load_from_cache(reference.repo, wanted.index, cache_dir=cache, revision=reference.revision)
     folders = [Path(found).parent] if isinstance(found, str) else []
     if not folders and cache is not None and reference.revision == "main":
         # A cache that was filled without refs/main: the only snapshot there is.
-        folders = [
-            path.parent for path in cache.glob(f"models--{reference.repo.replace('/', '--')}/snapshots/*/{index}")
-        ]
-    complete = [folder for folder in folders if is_complete(folder)]
+        snapshots = cache / f"models--{reference.repo.replace('/', '--')}" / "snapshots"
+        folders = [path.parent for path in snapshots.glob(f"*/{wanted.index}")]
+    complete = [folder for folder in folders if is_complete(folder, wanted)]
     return complete[0] if len(complete) == 1 else None
 
 
-def is_complete(folder: Path) -> bool:
+def is_complete(folder: Path, wanted: Wanted = BASE_MODEL) -> bool:
     """True when no component lacks its weights, as an interrupted download leaves it."""
-    index = folder / "model_index.json"
-    if not index.is_file():
-        return any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
-    models = ("unet", "vae", "text_encoder", "text_encoder_2")
-    return all(any((folder / name).glob("*.safetensors")) or any((folder / name).glob("*.bin")) for name in models)
+    holders = [folder / name for name in wanted.models] if (folder / "model_index.json").is_file() else [folder]
+    return all(any(holder.glob("*.safetensors")) or any(holder.glob("*.bin")) for holder in holders)
 
 
-def needed_files(names: list[str]) -> list[str]:
+def needed_files(names: list[str], wanted: Wanted = BASE_MODEL) -> list[str]:
     """The files of a repo that loading in half precision takes: configs, tokenizers, one set of weights per component.
 
     A pipeline repo has a model_index.json and a folder per component; a VAE repo is one component at its root.
@@ -164,7 +197,7 @@ def needed_files(names: list[str]) -> list[str]:
     components: dict[str, list[str]] = {}
     for name in names:
         folder = str(PurePosixPath(name).parent)
-        if folder in _FOLDERS if is_pipeline else folder == ".":
+        if folder in wanted.folders if is_pipeline else folder == ".":
             components.setdefault(folder, []).append(name)
     chosen = ["model_index.json"] if is_pipeline else []
     for files in components.values():
@@ -181,7 +214,7 @@ def _weights(files: list[str]) -> list[str]:
 
 
 def _download_repo(
-    reference: HubReference, settings: Settings, variable: str, on_progress: Callable[..., None]
+    reference: HubReference, wanted: Wanted, settings: Settings, on_progress: Callable[..., None]
 ) -> Path:
     from huggingface_hub import HfApi, get_token, try_to_load_from_cache
 
@@ -192,7 +225,7 @@ def _download_repo(
     def download() -> Path:
         info = api.model_info(reference.repo, revision=reference.revision, files_metadata=True)
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
-        names = needed_files(list(sizes))
+        names = needed_files(list(sizes), wanted)
         here = [
             name for name in names if isinstance(try_to_load_from_cache(reference.repo, name, revision=info.sha), str)
         ]
@@ -203,9 +236,9 @@ def _download_repo(
         )
         return Path(folder)
 
-    folder = _with_retries(download, reference, variable)
-    if not is_complete(folder):
-        raise ModelUnavailable(f"{reference.shown} is not a diffusers model; set {variable} to one")
+    folder = _with_retries(download, reference, wanted.variable)
+    if not is_complete(folder, wanted):
+        raise ModelUnavailable(f"{reference.shown} is not a diffusers model; set {wanted.variable} to one")
     return folder
 
 

@@ -34,12 +34,13 @@ class Steps:
         self.total = self.done + self.of_batch * (1 + later)
 
 
-def most_at_once(device: torch.device, pixels: int) -> int:
+def most_at_once(device: torch.device, pixels: int, reserved: int = 0) -> int:
     """How many pictures of `pixels` to draw at once: as many as the memory is enough for that is free, at least one.
 
-    On the CPU, whose memory other programs share, two of 1024 x 1024 or as much in smaller ones.
+    `reserved` bytes are for something else. On the CPU, whose memory other programs share, two of 1024 x 1024 or as
+    much in smaller ones.
     """
-    most = MAX_BATCH_PIXELS if device.type != "cuda" else free_bytes(device) // BYTES_PER_PIXEL
+    most = MAX_BATCH_PIXELS if device.type != "cuda" else (free_bytes(device) - reserved) // BYTES_PER_PIXEL
     return max(1, most // pixels)
 
 

@@ -20,16 +20,21 @@ from urllib.parse import urlsplit
 
 from sdxl_worker.lora.used import UsedLora, safe_name
 from sdxl_worker.prompts.embeddings import Embedding
+from sdxl_worker.refinement import refinement_of
 from sdxl_worker.request import DEFAULT_CLIP_SKIP, GenerationRequest
 from sdxl_worker.schedulers import SCHEDULERS, SCHEDULES
 
 
 @dataclass(frozen=True)
 class Used:
-    """What the pictures were made with beside the model; `embeddings` are those of each prompt."""
+    """What the pictures were made with beside the model.
+
+    `embeddings` are those of each prompt; `refiner` is the refiner's name and hash, as A1111 writes them.
+    """
 
     loras: Sequence[UsedLora] = ()
     embeddings: Sequence[Sequence[Embedding]] = ()
+    refiner: str = ""
 
     def embeddings_of(self, index: int) -> Sequence[Embedding]:
         """Those that the prompt of picture `index` or the negative prompt uses."""
@@ -67,6 +72,7 @@ def infotext(
     facts["Model"] = safe_name(model_name(model_id))
     facts |= _picture_facts(request)
     facts |= _of_second_pass(request)
+    facts |= _refiner_facts(request, used.refiner)
     if request.clip_skip != DEFAULT_CLIP_SKIP:
         facts["Clip skip"] = request.clip_skip
     if request.prompt_syntax == "a1111" and request.prompt_emphasis == "no_norm":
@@ -128,6 +134,21 @@ def _sampler_facts(request: GenerationRequest) -> dict[str, Any]:
         facts["Timesteps"] = " ".join(map(str, request.timesteps))
     if request.guidance_rescale:
         facts["Guidance rescale"] = f"{request.guidance_rescale:g}"
+    return facts
+
+
+def _refiner_facts(request: GenerationRequest, refiner: str) -> dict[str, Any]:
+    """A1111 knows the first two; its `Refiner switch at` is where the base model stops and the refiner goes on."""
+    plan = refinement_of(request)
+    if plan is None:
+        return {}
+    facts: dict[str, Any] = {"Refiner": refiner or safe_name(request.refiner)}
+    if plan.switch_at is not None:
+        facts["Refiner switch at"] = f"{plan.switch_at:g}"
+    if plan.steps != request.num_inference_steps or plan.strength is not None:
+        facts["Refiner steps"] = plan.steps
+    if plan.strength is not None:
+        facts["Refiner strength"] = f"{plan.strength:g}"
     return facts
 
 

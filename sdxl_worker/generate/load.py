@@ -75,8 +75,8 @@ def _said_prediction(model: BaseModel, settings: Settings) -> Prediction:
     return facts.prediction
 
 
-def _cannot_be_loaded(model: BaseModel, reason: str) -> ModelUnavailable:
-    return ModelUnavailable(f"the base model {model.name} cannot be loaded: {reason}")
+def _cannot_be_loaded(model: BaseModel, reason: str, role: str = "base model") -> ModelUnavailable:
+    return ModelUnavailable(f"the {role} {model.name} cannot be loaded: {reason}")
 
 
 def _is_edm(model: BaseModel, source: str) -> ModelUnavailable:
@@ -92,28 +92,40 @@ def _write_example_lora(settings: Settings) -> None:
 
 def _load_from_disk(model: BaseModel, settings: Settings, dtype: torch.dtype, device: str) -> StableDiffusionXLPipeline:
     vae_path = find_vae(settings) if model.allow_vae_override and device == "cuda" else None
+    with reading(model, "MODEL_ID", "base model"):
+        return _from_files(model, vae_path, dtype).to(device)
+
+
+@contextlib.contextmanager
+def reading(model: BaseModel, variable: str, role: str) -> Iterator[None]:
+    """Around reading the model that `variable` names: no bars in the log, ModelUnavailable for what libraries raise."""
     try:
         with _no_progress_bars():
-            return _from_files(model, vae_path, dtype).to(device)
+            yield
+        return
     except torch.OutOfMemoryError:
         reason = "it does not fit into the device's memory; take a larger GPU"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         # The library's message may name folders: it is for the log, and the answer says what to do.
         logger.error("loading %s: %s: %s", model.name, type(error).__name__, clean_text(str(error)))
         what = "checkpoint, or its configs cannot be fetched" if model.kind == "file" else "model"
-        reason = f"it is not a complete SDXL {what}; check MODEL_ID"
-    raise _cannot_be_loaded(model, reason)
+        reason = f"it is not a complete SDXL {what}; check {variable}"
+    raise _cannot_be_loaded(model, reason, role)
 
 
 def _from_files(model: BaseModel, vae_path: Path | None, dtype: torch.dtype) -> StableDiffusionXLPipeline:
     from diffusers import StableDiffusionXLPipeline
 
-    options: dict[str, Any] = {"dtype": dtype, "add_watermarker": False}
-    if vae_path is not None:
-        options["vae"] = _load_vae(vae_path, model, dtype)
+    own = {} if vae_path is None else {"vae": _load_vae(vae_path, model, dtype)}
+    return pipeline_from(StableDiffusionXLPipeline, model, dtype, **own)
+
+
+def pipeline_from(pipeline_class: Any, model: BaseModel, dtype: torch.dtype, **components: Any) -> Any:
+    """The pipeline of that diffusers class from the model's folder or file, on the CPU; `components` are not read."""
+    options = {"dtype": dtype, "add_watermarker": False, **components}
     if model.kind == "file":
-        return StableDiffusionXLPipeline.from_single_file(str(model.path), **options, **_configs(model))
-    return StableDiffusionXLPipeline.from_pretrained(str(model.path), variant=model.variant, **options)
+        return pipeline_class.from_single_file(str(model.path), **options, **_configs(model))
+    return pipeline_class.from_pretrained(str(model.path), variant=model.variant, **options)
 
 
 def _load_vae(path: Path, model: BaseModel, dtype: torch.dtype) -> Any:

@@ -35,9 +35,9 @@ class Pass:
     `view` is that pipeline; `arguments` are those of the call beside prompts and generators, and override the request's
     steps and guidance. `image` makes this argument from what the pass before gave, the batch in its `output_type`,
     "latent" or "pt"; the first pass has none. `conditioning` is this pass's own, where it has other text encoders than
-    the rest. `around` is entered for the call, and left again whatever happens. `has_loras` says whether LoRAs reach
-    the view's weights. `seeds_anew` gives the call fresh generators of the pictures' seeds, instead of those that the
-    pass before has drawn from.
+    the rest. `around` is entered for the call, and left again whatever happens; it takes `device_bytes` of the device's
+    memory. `has_loras` says whether LoRAs reach the view's weights. `seeds_anew` gives the call fresh generators of the
+    pictures' seeds, instead of those that the pass before has drawn from.
     """
 
     view: Any
@@ -46,6 +46,7 @@ class Pass:
     output_type: str = "pt"
     conditioning: Conditioning | None = None
     around: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+    device_bytes: int = 0
     has_loras: bool = True
     seeds_anew: bool = False
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sdxl_worker import prompts
+from sdxl_worker.errors import InvalidRequest
 from sdxl_worker.generate import prediction
 from sdxl_worker.generate.infotext import Used, image_seed
 from sdxl_worker.generate.input_image import fetch_inputs
@@ -16,6 +17,7 @@ from sdxl_worker.lora.ready import ReadyLora, make_ready
 from sdxl_worker.prompts.embeddings import Embedding, PromptEmbeddings
 from sdxl_worker.prompts.ready import make_ready as make_embeddings_ready
 from sdxl_worker.prompts.vectors import widths_of
+from sdxl_worker.refinement import refinement_of
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
@@ -78,6 +80,12 @@ def prepare(
     Raises InvalidRequest, FetchError, AssetFileError and Cancelled.
     """
     check_model(pipeline, request)
+    plan = refinement_of(request)
+    if plan is not None and plan.is_alone and request.loras:
+        raise InvalidRequest(
+            "LoRAs do not reach the refiner, which alone redraws the picture where refiner_inference_steps is given; "
+            "leave that out for the base model with the LoRAs"
+        )
     if not request.embeddings:
         # As soon as it can be told; with embeddings only they say how long the prompts are.
         prompts.examined(pipeline, request)

@@ -19,6 +19,7 @@ from sdxl_worker.generate.calls import unet_calls
 from sdxl_worker.generate.hires import with_second_pass
 from sdxl_worker.generate.infotext import image_seed
 from sdxl_worker.generate.modes import NO_INPUTS, Inputs, Pass, mode_for
+from sdxl_worker.generate.refiner import Refining
 from sdxl_worker.request import GenerationRequest
 
 if TYPE_CHECKING:
@@ -36,17 +37,19 @@ def render(
     on_step: StepCallback | None = None,
     before_step: BeforeStep | None = None,
     embeddings: prompts.Embeddings = prompts.NO_EMBEDDINGS,
+    refining: Refining | None = None,
 ) -> list[Image]:
     """`request.num_images` RGB pictures of `request.final_size` pixels.
 
     Picture i is the one of its `image_seed` and prompt, so each can be asked for again on its own; several are drawn at
     once as far as the free memory reaches, and fewer where that was too many. `inputs` are the pictures to
     start from, as `fetch_inputs` gives them; they choose the mode. `embeddings` finds the words of the prompts that
-    have vectors of their own. `on_step(step, total_steps, latents)` follows each step, counted over all batches and
-    passes and never falling; latents are (pictures of the batch, 4, height / 8, width / 8) in the UNet's dtype.
-    `before_step(done)` comes before each call of the UNet; `done` is the share of its pass's steps that lies behind,
-    from 0 up to below 1: of a step that calls it twice, both calls get the same. An exception raised in either stops
-    the run and propagates. The pipeline is left as it was. Raises
+    have vectors of their own. `refining` is the refiner's part, made ready before LoRAs were merged.
+    `on_step(step, total_steps, latents)` follows each step, counted over all batches and passes and never falling;
+    latents are (pictures of the batch, 4, height / 8, width / 8) in the UNet's dtype.
+    `before_step(done)` comes before each call of the base model's UNet; `done` is the share of its pass's steps that
+    lies behind, from 0 up to below 1: of a step that calls it twice, both calls get the same. An exception raised in
+    either stops the run and propagates. The pipeline is left as it was. Raises
     GenerationError when a picture holds values that are not finite.
     """
     mode = mode_for(inputs)
@@ -58,6 +61,9 @@ def render(
         changes.enter_context(vae.tiled_where_large(pipeline))
         conditioning = changes.enter_context(prompts.applied(pipeline, request, embeddings))
         passes = with_second_pass(pipeline, request, mode.passes(pipeline, request, inputs))
+        if refining is not None:
+            changes.enter_context(samplers.applied(refining.refiner.pipeline, request))
+            passes = refining.passes(passes, request, inputs)
         drawing = _Drawing(pipeline, request, passes, conditioning, on_step, before_step)
         return [mode.completed(picture, request, inputs) for picture in drawing.pictures()]
 
@@ -84,7 +90,8 @@ class _Drawing:
             with vae.kept(self.pipeline, one_by_one=len(batch) * pixels > MAX_BATCH_PIXELS):
                 return self._batch(batch, steps)
 
-        return in_batches(self._forms(), most_at_once(self.pipeline.device, pixels), draw)
+        reserved = max(step.device_bytes for step in self.passes)
+        return in_batches(self._forms(), most_at_once(self.pipeline.device, pixels, reserved), draw)
 
     def _forms(self) -> list[Hashable]:
         """For each picture what has to be equal for all that are drawn together."""

@@ -23,7 +23,7 @@ Embeddings: `embedding_file` says what a file is, `bundled` what a LoRA file hol
 those of a request, and `embeddings.PromptEmbeddings` is the object that finds all of them in the prompts.
 """
 
-from sdxl_worker.prompts.conditioning import Conditioning, applied, examined
+from sdxl_worker.prompts.conditioning import Conditioning, applied, encoded_now, examined
 from sdxl_worker.prompts.inspect import inspection
 from sdxl_worker.prompts.parse import ParsedPrompt, Piece, Tag, parse
 from sdxl_worker.prompts.reading import tokenizers_of
@@ -38,6 +38,7 @@ __all__ = [
     "Tag",
     "Vectors",
     "applied",
+    "encoded_now",
     "examined",
     "inspection",
     "parse",

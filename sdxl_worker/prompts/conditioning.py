@@ -71,6 +71,17 @@ def applied(
     )
 
 
+def encoded_now(
+    pipeline: StableDiffusionXLPipeline, request: GenerationRequest, embeddings: Embeddings = NO_EMBEDDINGS
+) -> Conditioning:
+    """The request's conditioning by the text encoders as they are now, whatever is done to them later.
+
+    Raises InvalidRequest.
+    """
+    prompts, negative = read_prompts(request, tokenizers_of(pipeline), embeddings)
+    return Conditioning(_encoded(pipeline, request, prompts, negative, embeddings))
+
+
 def examined(
     pipeline: StableDiffusionXLPipeline, request: GenerationRequest, embeddings: Embeddings = NO_EMBEDDINGS
 ) -> list[str]:

@@ -23,7 +23,7 @@ CHUNKS_AT_ONCE = 8
 
 @dataclass(frozen=True)
 class Encoded:
-    """A prompt as the UNet reads it: states (1, 77 x chunks, both widths) and pooled (1, projection)."""
+    """A prompt as the UNet reads it: states (1, 77 x chunks, all encoders' widths) and pooled (1, projection)."""
 
     states: torch.Tensor
     pooled: torch.Tensor
@@ -72,7 +72,8 @@ def encode(
 def check_layer(pipeline: StableDiffusionXLPipeline, clip_skip: int) -> None:
     """Raise InvalidRequest when one of the text encoders has no layer -clip_skip."""
     # The states before the first layer are one more choice.
-    deepest = 1 + min(encoder.config.num_hidden_layers for encoder in (pipeline.text_encoder, pipeline.text_encoder_2))
+    encoders = (getattr(pipeline, name) for name in tokenizers_of(pipeline))
+    deepest = 1 + min(encoder.config.num_hidden_layers for encoder in encoders)
     if clip_skip > deepest:
         raise InvalidRequest(f"clip_skip must be at most {deepest} with this model, not {clip_skip}")
 

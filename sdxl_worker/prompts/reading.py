@@ -34,7 +34,7 @@ class ReadPrompt:
     @property
     def length(self) -> int:
         """How many chunks."""
-        return len(self.chunks[ENCODERS[0]])
+        return len(next(iter(self.chunks.values())))
 
     @property
     def as_stock(self) -> str | None:
@@ -46,14 +46,16 @@ class ReadPrompt:
 def tokenizers_of(pipeline: StableDiffusionXLPipeline) -> dict[str, Any]:
     """Each text encoder's tokenizer, by the encoder's name: copies, which the pipeline carries along.
 
-    A fast tokenizer holds padding and truncation as state, which each call sets (`set_truncation_and_padding`). One job
-    reads its prompts while another renders: with the same tokenizer it would take the padding from under diffusers.
+    A refiner has the second alone. A fast tokenizer holds padding and truncation as state, which each call sets
+    (`set_truncation_and_padding`). One job reads its prompts while another renders: with the same tokenizer it would
+    take the padding from under diffusers.
     """
-    own = (pipeline.tokenizer, pipeline.tokenizer_2)
-    carried: tuple[tuple[Any, ...], dict[str, Any]] | None = vars(pipeline).get("_reading_tokenizers")
+    pairs = zip(ENCODERS, (pipeline.tokenizer, pipeline.tokenizer_2), strict=True)
+    own = {encoder: tokenizer for encoder, tokenizer in pairs if tokenizer is not None}
+    carried: tuple[dict[str, Any], dict[str, Any]] | None = vars(pipeline).get("_reading_tokenizers")
     # The originals are kept beside the copies: a tokenizer that was exchanged since then is copied anew.
-    if carried is None or any(one is not other for one, other in zip(carried[0], own, strict=True)):
-        carried = (own, dict(zip(ENCODERS, copy.deepcopy(own), strict=True)))
+    if carried is None or any(one is not other for one, other in zip(carried[0].values(), own.values(), strict=True)):
+        carried = (own, copy.deepcopy(own))
         vars(pipeline)["_reading_tokenizers"] = carried
     return carried[1]
 

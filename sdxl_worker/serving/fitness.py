@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import functools
 import logging
@@ -20,6 +21,7 @@ from sdxl_worker.errors import WorkerError
 from sdxl_worker.generate.checkpoint_facts import INPAINTING_CHANNELS
 from sdxl_worker.generate.infotext import model_name
 from sdxl_worker.generate.modes import NO_INPUTS, Inputs
+from sdxl_worker.generate.refiner import Refiner
 from sdxl_worker.generate.render import render
 from sdxl_worker.request import GenerationRequest
 from sdxl_worker.serving.upload import bucket_is_configured, try_upload
@@ -39,10 +41,14 @@ class UnhealthyWorker(Exception):
     """This worker cannot do its job; the sentence says what to change."""
 
 
-def checks(settings: Settings, pipeline: Callable[[], Any]) -> list[functools.partial[None]]:
-    """What has to pass, in this order; `pipeline` gives the resident one or raises ModelUnavailable."""
+def checks(
+    settings: Settings, pipeline: Callable[[], Any], refiner: Callable[[], Refiner | None]
+) -> list[functools.partial[None]]:
+    """What has to pass, in this order; `pipeline` gives the resident one or raises ModelUnavailable, `refiner` what was
+    loaded with it."""
     return [
         functools.partial(check_model, pipeline),
+        functools.partial(check_refiner, pipeline, refiner),
         functools.partial(check_cache_folder, settings.lora_cache_dir),
         functools.partial(check_gpu_memory, pipeline),
         functools.partial(check_bucket, settings),
@@ -66,6 +72,24 @@ def _probe_inputs(pipeline: Any) -> Inputs:
         return NO_INPUTS
     size = (PROBE.width, PROBE.height)
     return {"image_url": Image.new("RGB", size, "gray"), "mask_url": Image.new("L", size, 255)}
+
+
+def check_refiner(pipeline: Callable[[], Any], refiner: Callable[[], Refiner | None]) -> None:
+    """The refiner renders, where there is one; raises UnhealthyWorker."""
+    resident, loaded = pipeline(), refiner()
+    if loaded is None:
+        return
+    # With a picture to start from it draws alone.
+    start = {"image_url": Image.linear_gradient("L").convert("RGB").resize((PROBE.width, PROBE.height))}
+    probe = dataclasses.replace(
+        PROBE, image_url="a picture", refiner=loaded.name, refiner_inference_steps=2, strength=0.5
+    )
+    try:
+        (picture,) = render(resident, probe, inputs=start, refining=loaded.ready_for(probe))
+    except (WorkerError, RuntimeError, ValueError) as error:
+        raise UnhealthyWorker(f"the refiner: {error}. Change REFINER_ID, or choose a larger GPU") from error
+    if len(picture.getcolors(PROBE.width * PROBE.height) or ()) == 1:
+        raise UnhealthyWorker("the refiner renders an empty picture: change REFINER_ID")
 
 
 def check_cache_folder(folder: Path) -> None:
@@ -115,11 +139,12 @@ def check_bucket(settings: Settings) -> None:
 
 
 def startup_line(settings: Settings) -> str:
-    """One line: versions, device, model, cache folder and the space left in it."""
+    """One line: versions, device, model, refiner, cache folder and the space left in it."""
+    refiner = f"refiner {model_name(settings.refiner_id)}; " if settings.refiner_id else ""
     versions = " ".join(f"{name} {_version(name)}" for name in _VERSIONS)
     return (
         f"worker: python {platform.python_version()} {versions}; device {_device()}; "
-        f"model {model_name(settings.model_id)}; "
+        f"model {model_name(settings.model_id)}; {refiner}"
         f"LoRA cache {settings.lora_cache_dir} ({_space(settings.lora_cache_dir)})"
     )
 

@@ -16,7 +16,7 @@ from sdxl_worker.assets import fetch
 from sdxl_worker.assets.sources import hub
 from sdxl_worker.errors import ModelUnavailable
 from sdxl_worker.generate import base_model
-from sdxl_worker.generate.base_model import BaseModel, find_base_model, find_vae, needed_files
+from sdxl_worker.generate.base_model import BaseModel, find_base_model, find_refiner, find_vae, needed_files
 from sdxl_worker.settings import Settings
 from tests.support import http_server as on
 from tests.support.download_files import lora_bytes
@@ -207,6 +207,38 @@ def test_a_vae_in_one_file(stand_in: Hub, tmp_path: Path):
     page = stand_in.cdn.add("/page.safetensors", on.whole(b"<html>"))
     with pytest.raises(ModelUnavailable, match=r"VAE_ID .*VAE"):
         find_vae(Settings(vae_id=page, hf_endpoint=stand_in.endpoint), runpod_cache=tmp_path)
+
+
+def test_the_refiner_is_found_as_a_base_model_is(stand_in: Hub, tmp_path: Path):
+    """Of a repo its UNet and scheduler are fetched: text encoder and VAE are the base model's."""
+    stand_in.add("user/refiner", Repo(PIPELINE))
+    settings = Settings(refiner_id="user/refiner", hf_endpoint=stand_in.endpoint)
+    found = find_refiner(settings, runpod_cache=tmp_path / "volume")
+    assert found is not None
+    assert found.path is not None
+    assert (found.kind, found.name) == ("folder", "user/refiner")
+    files = {str(path.relative_to(found.path)) for path in found.path.rglob("*") if path.is_file()}
+    expected = {
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "unet/config.json",
+        "unet/model.fp16.safetensors",
+    }
+    assert files == expected
+    asked = len(stand_in.server.requests)
+    assert find_refiner(settings, runpod_cache=tmp_path / "volume") == found
+    assert len(stand_in.server.requests) == asked
+    assert find_refiner(Settings(refiner_id=str(found.path))) == BaseModel(
+        "folder", found.path, found.path.name, allow_vae_override=False
+    )
+    (tmp_path / "refiner.safetensors").write_bytes(WEIGHTS)
+    file = find_refiner(Settings(refiner_id=str(tmp_path / "refiner.safetensors")))
+    assert file is not None
+    assert file.kind == "file"
+    assert find_refiner(Settings()) is None
+    for refiner_id in ("user/absent", "no-such-folder", "ftp://host/a.safetensors", str(tmp_path)):
+        with pytest.raises(ModelUnavailable, match="REFINER_ID"):
+            find_refiner(Settings(refiner_id=refiner_id, hf_endpoint=stand_in.endpoint), runpod_cache=tmp_path)
 
 
 def test_one_set_of_weights_per_component():

@@ -120,3 +120,21 @@ def test_hires_has_a1111s_names():
         "Denoising strength: 0.4, First pass denoising strength: 0.3, "
         "Hires upscale: 2, Hires steps: 28, Hires upscaler: Latent"
     )
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"high_noise_frac": 0.8}, {"Refiner": "sd_xl_refiner_1.0 [7440042bbd]", "Refiner switch at": "0.8"}),
+        (
+            {"refiner_inference_steps": 50},
+            {"Refiner": "sd_xl_refiner_1.0 [7440042bbd]", "Refiner steps": "50", "Refiner strength": "0.3"},
+        ),
+        ({}, {}),
+    ],
+)
+def test_the_refiner(fields, expected):
+    """A1111 writes `Refiner` and `Refiner switch at` (modules/sd_samplers_common.py)."""
+    request = GenerationRequest(prompt="a", refiner="sd_xl_refiner_1.0", **fields)
+    text = infotext(request, 0, "tiny", Used(refiner="sd_xl_refiner_1.0 [7440042bbd]"))
+    assert {name: value for name, value in settings_of(text).items() if "Refiner" in name} == expected

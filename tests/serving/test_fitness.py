@@ -7,7 +7,15 @@ import torch
 
 from sdxl_worker import topology
 from sdxl_worker.assets import cache
-from sdxl_worker.serving.fitness import UnhealthyWorker, check_cache_folder, check_gpu_memory, check_model, startup_line
+from sdxl_worker.generate.refiner import load_refiner
+from sdxl_worker.serving.fitness import (
+    UnhealthyWorker,
+    check_cache_folder,
+    check_gpu_memory,
+    check_model,
+    check_refiner,
+    startup_line,
+)
 from sdxl_worker.settings import Settings
 from sdxl_worker.worker import Worker
 
@@ -47,6 +55,17 @@ def test_a_model_that_renders_one_colour(resident, monkeypatch):
         check_model(lambda: resident.pipeline)
 
 
+def test_the_refiner_renders_as_well(resident, monkeypatch):
+    pipeline = resident.pipeline
+    check_refiner(lambda: pipeline, lambda: None)
+    refiner = load_refiner(Settings(refiner_id="tiny"), pipeline)
+    assert refiner is not None
+    check_refiner(lambda: pipeline, lambda: refiner)
+    monkeypatch.setattr(refiner.pipeline.unet, "forward", lambda *_, **__: (torch.full((2, 4, 8, 8), torch.nan),))
+    with pytest.raises(UnhealthyWorker, match="REFINER_ID"):
+        check_refiner(lambda: pipeline, lambda: refiner)
+
+
 def test_a_cache_folder_that_cannot_be(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UnhealthyWorker, match=r"cannot be written .Not a directory.: attach a network volume, or set"):
@@ -79,3 +98,5 @@ def test_the_startup_line(resident):
     for part in ("python 3.", "runpod 1.", "torch 2.", "model tiny", str(resident.settings.lora_cache_dir), "GB free"):
         assert part in line
     assert "\n" not in line
+    assert "refiner" not in line
+    assert "; refiner xl-refiner; " in startup_line(Settings(model_id="tiny", refiner_id="user/xl-refiner"))

@@ -51,6 +51,8 @@ def encoded(pipeline: Any, chunks: Chunks, rule: Rule = mean_kept, layer: int = 
         (pipeline.tokenizer, pipeline.text_encoder),
         (pipeline.tokenizer_2, pipeline.text_encoder_2),
     ):
+        if encoder is None:  # a refiner
+            continue
         states = []
         for index, chunk in enumerate(chunks):
             z, first = _through(tokenizer, encoder, chunk, layer)
