@@ -69,10 +69,11 @@ def read_mask(data: bytes, check_stop: Callable[[], None] | None = None, field: 
 
 def _opacity_or_grey(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
-        opacity = image.convert("RGBA").getchannel("A")
+        # Copied only where it has to be: these are 4 bytes for each of up to 64 million pixels.
+        opacity = (image if image.mode in ("RGBA", "LA") else image.convert("RGBA")).getchannel("A")
         if opacity.getextrema() != (255, 255):
             return opacity
-    return image.convert("RGB").convert("L")
+    return (image if image.mode in ("RGB", "RGBA") else image.convert("RGB")).convert("L")
 
 
 def _read(

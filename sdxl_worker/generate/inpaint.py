@@ -31,10 +31,11 @@ _MIRROR_BLUR = 16
 def made_ready(request: GenerationRequest, pictures: Mapping[str, Image.Image]) -> dict[str, Image.Image]:
     """The picture (RGB) as the answer keeps it, and the mask (8-bit grey) with which it is drawn over: of one size.
 
-    `pictures` are those of the request, of any size. 255 in the mask is drawn, 0 is kept, and what lies between is
-    mixed. Raises InvalidRequest for a mask that leaves nothing to draw, and for a picture that is too large.
+    `pictures` are those of the request, in these modes and of any size. 255 in the mask is drawn, 0 is kept, and what
+    lies between is mixed. Raises InvalidRequest for a mask that leaves nothing to draw, and for a picture that is too
+    large.
     """
-    image = pictures["image_url"].convert("RGB")
+    image = pictures["image_url"]
     mask = _fitting_mask(request, pictures["mask_url"], image.size) if "mask_url" in pictures else None
     if request.inpaint_full_res:
         _check_size(request, image)

@@ -120,6 +120,13 @@ def test_a_mask_is_grey(mode: str):
     assert (mask.mode, np.asarray(mask).tolist()) == ("L", [[0, 255, 255, 0]])
 
 
+def test_a_transparent_colour_of_a_mask_counts_too():
+    palette = Image.frombytes("P", (3, 1), b"\0\1\2")
+    palette.putpalette([0, 0, 0, 255, 255, 255, 0, 0, 0])
+    assert np.asarray(read_mask(saved(palette, "PNG", transparency=1))).tolist() == [[255, 0, 255]]
+    assert np.asarray(read_mask(saved(palette.convert("RGBA"), "PNG"))).tolist() == [[0, 255, 0]]
+
+
 @pytest.mark.parametrize("mode", ["LA", "RGBA"])
 def test_of_a_mask_with_transparent_parts_the_opaque_ones_are_white(mode: str):
     drawn = Image.new(mode, (3, 1), (255,) * (len(mode) - 1) + (0,))
