@@ -224,6 +224,21 @@ def test_each_batch_begins_with_the_first_segment(worker, parts, monkeypatch):
     assert farthest(pictures[1], alone) <= 1
 
 
+def test_a_batch_that_is_drawn_again_begins_with_the_first_segment(worker, parts, monkeypatch):
+    (alone,), _ = drawn(worker, *TWO)
+    calls, forward = iter(range(1, 99)), worker.pipeline.unet.forward
+
+    def too_many(*arguments: Any, **options: Any) -> Any:
+        if next(calls) == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB")
+        return forward(*arguments, **options)
+
+    monkeypatch.setattr(worker.pipeline.unet, "forward", too_many)
+    pictures, _ = drawn(worker, *TWO, num_images=2)
+    assert next(calls) == 4 + 2 * STEPS + 1
+    assert farthest(pictures[0], alone) <= 1
+
+
 def test_both_calls_of_a_step_have_the_same_weights(worker, parts):
     """Heun's five steps take nine calls of the UNet, the last step a single one."""
     with hand_merged((parts["a"], 0.8), (parts["b"], 0.5)) as put:
