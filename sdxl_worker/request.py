@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
@@ -145,7 +145,8 @@ class GenerationRequest:
     refiner only. `image` means the same as `image_url`, and `mask` as `mask_url`; width and height are the answer's,
     `extend` included. `loras` and `embeddings` are the usable entries; `..._requested` says that the request had some,
     usable or not; `given` names the input's fields that it did not leave out or null; `refiner` is the name of the
-    worker's refiner, empty where it has none. Values made directly are not checked.
+    worker's refiner, empty where it has none; `values` is what the rules between fields look at. Values made directly
+    are not checked.
     """
 
     prompt: str = _input(or_null(text(MAX_PROMPT_CHARACTERS)), None, lambda value: value or "")
@@ -189,6 +190,7 @@ class GenerationRequest:
     embeddings_requested: bool = False
     given: frozenset[str] = frozenset()
     refiner: str = ""
+    values: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
     warnings: tuple[str, ...] = ()
 
     def prompt_of(self, index: int) -> str:

@@ -22,6 +22,8 @@ MAX_INPUT_CHARACTERS = 2_000_000
 # More would only be the same mistake again, such as a file pasted in as fields.
 MAX_PROBLEMS = 40
 
+_TO_A_SAMPLER = frozenset({"schedule_type", "timesteps", "eta"})
+
 # In the RunPod SDK's format (runpod.serverless.utils.rp_validator).
 INPUT_SCHEMA: dict[str, dict[str, Any]] = {name: field.as_schema() for name, field in FIELDS.items()}
 
@@ -42,7 +44,8 @@ def validate_request(raw: Any, refiner: str = "") -> GenerationRequest:
     given = frozenset(name for name, value in raw.items() if value is not None)
     sampling = resolve(values, given, problems)
     values = {**sampling.values, "given": sampling.given, "refiner": refiner}
-    combined = [*combined_problems(values, problems), *_per_picture_problems(values, problems)]
+    undecided = {*problems, *_undecided(values, sampling.given)}
+    combined = [*combined_problems(values, undecided), *_per_picture_problems(values, problems)]
     sentences = [*problems.values(), *sampling.problems, *combined]
     if sentences:
         raise InvalidRequest("; ".join(sentences[:MAX_PROBLEMS]))
@@ -57,6 +60,7 @@ def validate_request(raw: Any, refiner: str = "") -> GenerationRequest:
         embeddings_requested=bool(values["embeddings"]),
         given=sampling.given,
         refiner=refiner,
+        values=values,
         warnings=lora_warnings + embedding_warnings + sampling.warnings + _ignored(values, raw),
     )
 
@@ -92,6 +96,19 @@ def _field_problems(raw: Mapping[str, Any]) -> dict[str, str]:
             problems[name] = "; ".join(sentences)
     unknown = (name for name in raw if name not in FIELDS)
     return problems | {name: f"{shown(name)} is not an input field" for name in islice(unknown, MAX_PROBLEMS)}
+
+
+def _undecided(values: Mapping[str, Any], given: Collection[str]) -> frozenset[str]:
+    """The fields that a LoRA may choose (generate.settle): what hangs on them is looked at when it has.
+
+    The sampler only where the request has something to say to it, so that as much as can be is refused at once.
+    """
+    prompts = [values["prompt"], *(values["prompts"] if isinstance(values["prompts"], list) else ())]
+    tags = any(isinstance(prompt, str) and "<lora:" in prompt.lower() for prompt in prompts)
+    if not tags and not values["loras"]:
+        return frozenset()
+    choices = {"num_inference_steps"} | ({"scheduler"} if _TO_A_SAMPLER & set(given) else set())
+    return frozenset(choices - set(given))
 
 
 def combined_problems(values: Mapping[str, Any], bad: Collection[str] = ()) -> list[str]:

@@ -232,7 +232,7 @@ class Worker:
         room = None if limit is None else limit - json_size({**answer, "warnings": warnings})
         model_hash = self._model_hash.result() if self._model_hash else ""
         used = prepared.used if self.refiner is None else dataclasses.replace(prepared.used, refiner=self.refiner.title)
-        delivered = deliver(pictures, request, used, run, self.settings, self.mode, room, model_hash)
+        delivered = deliver(pictures, prepared.request, used, run, self.settings, self.mode, room, model_hash)
         self.saved += delivered.saved
         answer |= {"images": delivered.images, "image_url": delivered.images[0]}
         warnings += delivered.warnings

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 from sdxl_worker.assets.sources import parse_reference
+from sdxl_worker.few_step import recognised
 from sdxl_worker.generate.refiner import load_refiner
 from sdxl_worker.kinds import EMBEDDING, LORA
 from sdxl_worker.settings import Settings
@@ -61,14 +63,17 @@ def test_an_example_renders(path: Path, pipeline, engine, server: FileServer, tm
     """Small, in a few steps, with the tiny model's LoRA and a local picture in place of those of the internet."""
     fields = load(path) | {"width": 64, "height": 64, "num_inference_steps": 4}
     fields |= {name: f"{server.origin}/{name}.png" for name in ("image_url", "mask_url") if name in fields}
+    write_example_lora(tmp_path)
+    few_step = [lora for lora in fields.get("loras", []) if recognised([lora["path"]])]
     for lora in fields.get("loras", []):
-        lora["path"] = EXAMPLE_LORA
+        lora["path"] = own_name(lora["path"], tmp_path) if lora in few_step else EXAMPLE_LORA
+    if few_step:
+        del fields["num_inference_steps"]
     if "prompt" in fields:
         fields["prompt"] = re.sub(r"<lora:\S+?((?::[\d.]+)*)>", rf"<lora:{EXAMPLE_LORA}\1>", fields["prompt"])
     for embedding in fields.get("embeddings", []):
         embedding["path"] = save_embedding(tmp_path / "embedding.safetensors", vectors(pipeline, 2)).name
     worker = Worker(Settings(model_id="tiny", refiner_id="tiny", lora_cache_dir=tmp_path))
-    write_example_lora(tmp_path)
     worker._pipeline = pipeline
     worker.refiner = load_refiner(worker.settings, pipeline)
     monkeypatch.setattr(worker, "engine_of", lambda _: engine)
@@ -79,12 +84,21 @@ def test_an_example_renders(path: Path, pipeline, engine, server: FileServer, tm
     assert (answer["seed"], answer.get("seeds", seeds)) == (seeds[0], seeds)
     assert len(answer.get("loras", [])) == len(fields.get("loras", [])) + fields.get("prompt", "").count("<lora:")
     assert len(answer.get("used_embeddings", [])) == len(fields.get("embeddings", []))
+    assert len(answer.get("settings", {}).get("chosen", [])) >= (3 if few_step else 0)
     assert "warnings" not in answer
+
+
+def own_name(reference: str, folder: Path) -> str:
+    """The tiny model's LoRA under the name that the reference has at its end."""
+    name = f"{Path(reference).name.removesuffix('.safetensors')}.safetensors"
+    shutil.copy(folder / EXAMPLE_LORA, folder / name)
+    return name
 
 
 def test_the_readme_leads_to_the_examples() -> None:
     led_to = (
         *("lora", "image_to_image", "worker_sdxl", "embedding", "lora_tags", "lora_steps", "seeds", "prompts"),
         *("inpaint", "inpaint_full_res", "inpaint_data_uris", "outpaint", "hires", "refiner"),
+        *("few_step", "few_step_and_style"),
     )
     assert [name for name in led_to if f"examples/{name}.json" not in README] == []

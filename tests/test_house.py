@@ -30,7 +30,7 @@ PACKAGE = "sdxl_worker"
 LAYERS: tuple[tuple[str, ...], ...] = (
     (
         *("text", "background", "masking", "data_uris", "checks", "errors", "settings", "schedulers", "logs"),
-        *("sampler_names", "sampling", "refinement", "work"),
+        *("sampler_names", "few_step", "sampling", "refinement", "work"),
         *("request_values", "entries", "lora_entries", "embedding_entries", "prediction_marks", "request"),
         *("picture_rules", "second_pass", "validation"),
     ),

@@ -21,6 +21,7 @@ from sdxl_worker.assets.sources.hub import HubReference
 from sdxl_worker.assets.sources.local import CachedReference
 from sdxl_worker.assets.sources.url import UrlReference
 from sdxl_worker.errors import AssetFileError, FetchError, WorkerError
+from sdxl_worker.few_step import FEW_STEP, recognised
 from sdxl_worker.lora_entries import parse_lora_entries
 from sdxl_worker.sampler_names import Named, find_scheduler
 from sdxl_worker.schedulers import SCHEDULERS, schedule_names, scheduler_names
@@ -107,6 +108,29 @@ def test_samplers_are_listed_with_what_holds_for_them() -> None:
         ), scheduler.name
         takes = {"`timesteps`": scheduler.timesteps, "`eta`": scheduler.eta is not None, "zero SNR": scheduler.zero_snr}
         assert row["Also takes"] == ", ".join(name for name, taken in takes.items() if taken)
+
+
+def test_few_step_loras_are_listed_with_their_settings() -> None:
+    rows = readme_table("Few-step LoRAs", "LoRA")
+    assert len(rows) == len(FEW_STEP)
+    for row, kind in zip(rows, FEW_STEP, strict=True):
+        assert row["LoRA"] == f"[{kind.name}]({kind.source})"
+        (reference,) = json.loads(unquoted(row["`loras`"]))
+        assert recognised([reference]) is kind
+        parse_reference(reference, Settings(), kinds.LORA)
+        sampler, schedule = [*re.findall(r"`(\w+)`", row["Sampler"]), None][:2]
+        assert (sampler, schedule) == (kind.settings["scheduler"], kind.settings.get("schedule_type"))
+        for cell, name, bounds in (
+            ("Steps", "num_inference_steps", kind.steps),
+            ("Guidance", "guidance_scale", kind.guidance),
+        ):
+            numbers = [float(number) for number in re.findall(r"[\d.]+", row[cell])]
+            assert numbers == [kind.settings[name], *(() if bounds[0] == bounds[1] else bounds)]
+        beside = {name: kind.settings[name] for name in ("eta", "timesteps") if name in kind.settings}
+        names, numbers = re.findall(r"`(\w+)`", row["Beside these"]), re.findall(r" ([\d.]+)", row["Beside these"])
+        assert names == list(beside)
+        values = [value if isinstance(value, tuple) else (value,) for value in beside.values()]
+        assert [float(number) for number in numbers] == [number for value in values for number in value]
 
 
 def test_environment_table_names_the_settings_and_defaults() -> None:

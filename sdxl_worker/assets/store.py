@@ -158,4 +158,5 @@ def _asset_file(entry: Entry, reference: Reference, *, cached: bool) -> AssetFil
         cached,
         known.source_sha256 or known.sha256,
         str(known.facts.get("autov3", "")),
+        known.reference,
     )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sdxl_worker import prompts
@@ -13,6 +13,7 @@ from sdxl_worker.generate import prediction
 from sdxl_worker.generate.infotext import Used, image_seed
 from sdxl_worker.generate.input_image import fetch_inputs
 from sdxl_worker.generate.modes import Inputs, check_model
+from sdxl_worker.generate.settle import settle
 from sdxl_worker.lora.ready import ReadyLora, make_ready
 from sdxl_worker.prompts.embeddings import Embedding, PromptEmbeddings
 from sdxl_worker.prompts.ready import make_ready as make_embeddings_ready
@@ -38,6 +39,7 @@ class Prepared:
     embeddings: PromptEmbeddings
     used_by_prompt: Sequence[Sequence[Embedding]]
     notes: Sequence[str]
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def used(self) -> Used:
@@ -55,6 +57,8 @@ class Prepared:
         facts: dict[str, Any] = {"seed": self.request.seed}
         if self.request.num_images > 1:
             facts["seeds"] = [image_seed(self.request, index) for index in range(self.request.num_images)]
+        if self.settings:
+            facts["settings"] = dict(self.settings)
         if self.request.loras_requested:
             facts["loras"] = [lora.as_json(done) for lora, done in zip(self.loras, applied, strict=True)]
         if self.request.embeddings_requested or self.used_embeddings:
@@ -91,15 +95,18 @@ def prepare(
         prompts.examined(pipeline, request)
     inputs = fetch_inputs(request, assets, run)
     loras = make_ready(request.loras, assets, engine, run) if request.loras else []
+    settled = settle(request, loras)
+    request = settled.request
     embeddings = _embeddings(request, pipeline, assets, loras, run)
     notes = [
         *prompts.examined(pipeline, request, embeddings),
         *prediction.notes_on_sampler(pipeline.scheduler.config, request),
         *prediction.notes_on_loras(pipeline.scheduler.config, loras),
+        *settled.warnings,
     ]
     alone = [dataclasses.replace(request, prompts=(prompt,)) for prompt in request.prompts] or [request]
     used = [embeddings.used_by(one, prompts.tokenizers_of(pipeline)) for one in alone]
-    return Prepared(request, inputs, loras, embeddings, used, notes)
+    return Prepared(request, inputs, loras, embeddings, used, notes, settled.settings)
 
 
 def inspected(

@@ -34,7 +34,8 @@ _AUTOV3 = 12
 class LoraFacts:
     """What a LoRA file is, told from tensor names and shapes first and metadata second; every text is safe to show.
 
-    `rank` and `alpha` are the most common ones among the modules; `modules` counts what the file changes.
+    `rank` and `alpha` are the most common ones among the modules; `modules` counts what the file changes. `few_step` is
+    the row of the table of few-step LoRAs that the metadata names.
     """
 
     format: str
@@ -44,6 +45,7 @@ class LoraFacts:
     rank: int | None = None
     alpha: float | None = None
     title: str = ""
+    few_step: str = ""
     author: str = ""
     trigger_words: tuple[str, ...] = ()
     top_tags: tuple[tuple[str, int], ...] = ()

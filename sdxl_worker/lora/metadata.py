@@ -8,11 +8,14 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from sdxl_worker.few_step import recognised
 from sdxl_worker.prediction_marks import read_prediction
 from sdxl_worker.text import clean_text
 
 _MAX_WORDS = 20
 _MAX_TAGS = 10
+# What the LoRA is called, the best one first.
+_NAMES = ("modelspec.title", "ss_output_name", "name")
 # A JSON text inside the metadata may be long (tag counts of a whole data set), but not without end.
 _MAX_JSON = 4 * 2**20
 
@@ -20,8 +23,11 @@ _MAX_JSON = 4 * 2**20
 def describe(metadata: Mapping[str, str]) -> dict[str, Any]:
     """The LoraFacts fields that come from metadata (kohya `ss_*`, modelspec, PEFT), all safe to show."""
     said = read_prediction((), metadata)
+    names = [_first(metadata, name) for name in _NAMES]
+    few_step = recognised(names)
     return {
-        "title": _first(metadata, "modelspec.title", "ss_output_name", "name"),
+        "title": next(filter(None, names), ""),
+        "few_step": few_step.name if few_step else "",
         "author": _first(metadata, "modelspec.author", "author"),
         "trigger_words": _trigger_words(metadata),
         "top_tags": _top_tags(metadata),

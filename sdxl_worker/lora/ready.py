@@ -11,6 +11,7 @@ from sdxl_worker.assets.asset_file import AssetFile
 from sdxl_worker.assets.reading import fetch_and_read
 from sdxl_worker.assets.store import AssetStore
 from sdxl_worker.errors import AssetFileError, FetchError, about
+from sdxl_worker.few_step import FewStep, named, recognised
 from sdxl_worker.job_run import JobRun
 from sdxl_worker.kinds import LORA
 from sdxl_worker.lora.engine import AppliedLora, LoraEngine, ParsedLora
@@ -33,6 +34,12 @@ class ReadyLora:
         """What the picture's text says of it."""
         hash_name = self.file.autov3 or self.parsed.autov3
         return UsedLora(self.file.name, self.spec.scale, hash_name, in_prompt=bool(self.spec.tag))
+
+    @property
+    def few_step(self) -> FewStep | None:
+        """What kind of few-step LoRA it is, by the names that it has here and in its metadata."""
+        names = (self.spec.reference, self.spec.name, self.file.origin, self.file.name)
+        return recognised(names) or named(self.parsed.facts.few_step)
 
     @property
     def embeddings(self) -> list[Embedding]:
