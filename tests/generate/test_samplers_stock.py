@@ -104,8 +104,12 @@ def test_every_sampler_is_here():
 @pytest.mark.parametrize("name", STOCK)
 def test_text_to_image(name: str, steps: int | None, pipeline):
     steps = steps or STOCK[name][3]
-    (picture,) = render(pipeline, replace(REQUEST, scheduler=name, num_inference_steps=steps))
+    request = replace(REQUEST, scheduler=name, num_inference_steps=steps)
+    calls: list[tuple[int, int]] = []
+    (picture,) = render(pipeline, request, on_step=lambda step, total, _latents: calls.append((step, total)))
     assert farthest(picture, stock(pipeline, name, num_inference_steps=steps)) <= 1
+    total = SCHEDULERS[name].calls(steps)
+    assert calls == [(call, total) for call in range(1, total + 1)]
 
 
 @pytest.mark.parametrize(
@@ -122,8 +126,12 @@ def test_each_schedule(name: str, schedule: str, pipeline):
 @pytest.mark.parametrize("name", STOCK)
 def test_image_to_image(name: str, pipeline):
     request = replace(REQUEST, scheduler=name, num_inference_steps=5, strength=0.7, image_url="https://a/b")
-    (picture,) = render(pipeline, request, inputs={"image_url": START})
+    calls: list[int] = []
+    inputs = {"image_url": START}
+    (picture,) = render(pipeline, request, inputs=inputs, on_step=lambda step, _total, _latents: calls.append(step))
     assert farthest(picture, stock(pipeline, name, num_inference_steps=5, image=START, strength=0.7)) <= 1
+    # int(5 x 0.7) steps are run.
+    assert len(calls) == SCHEDULERS[name].calls(5, skipped=2)
 
 
 @pytest.mark.parametrize("name", STOCK)
@@ -202,6 +210,15 @@ def test_a_checkpoint_s_own_levels_give_way(pipeline, monkeypatch):
     assert farthest(picture, stock(pipeline, "K_EULER", SCHEDULES["beta"])) <= 1
     (picture,) = render(pipeline, replace(request, timesteps=(999, 749, 499, 249)))
     assert farthest(picture, stock(pipeline, "K_EULER", timesteps=[999, 749, 499, 249])) <= 1
+
+
+@pytest.mark.parametrize("name", ["PNDM", "DDIM", "DDPM", "Heun"])
+def test_a_checkpoint_that_leaves_out_what_sdxl_ships_is_drawn_alike(name: str, pipeline, monkeypatch):
+    """Without these keys PNDM would begin with Runge-Kutta steps, and the others clip the latents."""
+    config = {option: value for option, value in SHIPPED.items() if option not in ("skip_prk_steps", "clip_sample")}
+    monkeypatch.setattr(pipeline, "scheduler", diffusers.EulerDiscreteScheduler.from_config(config))
+    (picture,) = render(pipeline, replace(REQUEST, scheduler=name))
+    assert farthest(picture, stock(pipeline, name)) <= 1
 
 
 def test_noise_of_one_batch_does_not_depend_on_the_others(pipeline, monkeypatch):
