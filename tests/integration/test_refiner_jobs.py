@@ -10,10 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
+from sdxl_worker.generate.render import render
 from sdxl_worker.job_run import Denoising
+from sdxl_worker.request import LoraScale
 from sdxl_worker.settings import Settings
+from sdxl_worker.validation import validate_request
 from sdxl_worker.worker import Worker
-from tests.support.lora_files import weight_hash
+from tests.support.lora_files import kohya, lora, save, weight_hash
+from tests.support.pictures import same
 
 SMALL = {"prompt": "a lighthouse", "width": 64, "height": 64, "num_inference_steps": 5, "seed": 5}
 GOES_ON = {**SMALL, "high_noise_frac": 0.6}
@@ -33,8 +37,12 @@ def run(worker: Worker, **fields: Any) -> dict[str, Any]:
     return worker.run({"id": "job", "input": fields})
 
 
+def picture_of(answer: dict[str, Any]) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(answer["images"][0].partition(",")[2])))
+
+
 def text_of(answer: dict[str, Any]) -> str:
-    return Image.open(io.BytesIO(base64.b64decode(answer["images"][0].partition(",")[2]))).info["parameters"]
+    return picture_of(answer).info["parameters"]
 
 
 def state(worker: Worker) -> tuple[str, list[torch.Tensor]]:
@@ -55,6 +63,26 @@ def test_the_text_of_a_picture_names_the_refiner(worker: Worker) -> None:
     assert refined["loras"][0]["layers_applied"] > 0
     assert f"Refiner: {worker.refiner.title}, Refiner switch at: 0.6" in text_of(refined)
     assert "Refiner" not in text_of(plain)
+
+
+def test_a_lora_of_the_text_encoder_does_not_reach_the_refiners_words(worker: Worker) -> None:
+    """Bit for bit what is drawn with words that were encoded before the LoRA was merged, and not after."""
+    pipeline, refiner, folder = worker.pipeline, worker.refiner, worker.settings.lora_cache_dir
+    assert refiner is not None
+    tensors: dict[str, torch.Tensor] = {}
+    for name, module in pipeline.text_encoder_2.named_modules():
+        if name.endswith(("q_proj", "fc1")):
+            tensors |= kohya(name, lora(module.weight)[0], "lora_te2_")
+    file = save(folder / "words.safetensors", tensors)
+    answer = run(worker, **GOES_ON, loras=["words.safetensors"])
+    request = validate_request(GOES_ON, "tiny")
+    engine = worker.engine_of(pipeline)
+    before = refiner.ready_for(request)
+    with engine.applied([(engine.read(file), LoraScale())]):
+        after = refiner.ready_for(request)
+        expected, other = (render(pipeline, request, refining=refining)[0] for refining in (before, after))
+    assert not same(expected, other)
+    assert same(picture_of(answer), expected)
 
 
 def test_all_is_as_before_after_pictures_stops_and_failures(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
