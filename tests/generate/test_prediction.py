@@ -161,6 +161,9 @@ def test_every_sampler_draws_and_those_that_leave_zero_snr_out_are_named(name: s
     # Raises where a value is not finite.
     assert len(render(predicts_v, request)) == 1
     parameters = inspect.signature(getattr(diffusers, SCHEDULERS[name].class_name)).parameters
+    # A job that is made ready while another one renders finds that one's scheduler in the pipeline.
+    busy = make_scheduler(name, predicts_v.scheduler.config).config
+    assert notes_on_sampler(busy, request) == notes_on_sampler(predicts_v.scheduler.config, request)
     notes = notes_on_sampler(predicts_v.scheduler.config, request)
     if "rescale_betas_zero_snr" in parameters:
         assert notes == []
