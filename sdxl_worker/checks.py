@@ -169,8 +169,10 @@ def falling(low: int, high: int, limit: int) -> Check:
     each = whole(low, high)
 
     def problem(value: Any) -> str | None:
-        if not isinstance(value, list) or not 1 <= len(value) <= limit:
-            return f"must be a list of 1 to {limit} whole numbers, not {shown(value)}"
+        if not isinstance(value, list):
+            return f"must be a list of whole numbers, not {shown(value)}"
+        if not 1 <= len(value) <= limit:
+            return f"must hold 1 to {limit} entries, not {len(value)}"
         for index, entry in enumerate(value):
             if wrong := each(entry):
                 return f"[{index}] {wrong}"

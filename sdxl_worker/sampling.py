@@ -74,10 +74,11 @@ def sampling_problems(values: Mapping[str, Any], bad: Collection[str] = ()) -> l
     if schedule.name not in (AUTOMATIC, *scheduler.schedules):
         takes = ", ".join((AUTOMATIC, *scheduler.schedules))
         problems.append(f"scheduler {scheduler.name} takes schedule_type {takes}, not {schedule.name}")
-    if values["timesteps"] is not None and not scheduler.timesteps:
+    has_list = values["timesteps"] is not None and "timesteps" not in bad
+    if has_list and not scheduler.timesteps:
         others = ", ".join(name for name, other in SCHEDULERS.items() if other.timesteps)
         problems.append(f"scheduler {scheduler.name} does not take timesteps; these do: {others}")
-    elif values["timesteps"] is not None and schedule.name != AUTOMATIC:
+    elif has_list and schedule.name != AUTOMATIC:
         problems.append(f"timesteps and schedule_type {schedule.name} exclude each other: give one of them")
     steps = values["num_inference_steps"]
     if "num_inference_steps" in bad:

@@ -129,9 +129,9 @@ def test_as_many_steps_as_timesteps():
 @pytest.mark.parametrize(
     ("timesteps", "sentence"),
     [
-        ([], "must be a list of 1 to 200 whole numbers"),
-        ("999", "must be a list of 1 to 200 whole numbers"),
-        (list(range(999, 798, -1)), "must be a list of 1 to 200 whole numbers"),
+        ([], "must hold 1 to 200 entries, not 0"),
+        ("999", "must be a list of whole numbers, not '999'"),
+        (list(range(999, 798, -1)), "must hold 1 to 200 entries, not 201"),
         ([999, 749.0], "[1] must be a whole number from 0 to 999, not 749.0"),
         ([True], "[0] must be a whole number from 0 to 999, not true"),
         ([1000, 1], "[0] must be a whole number from 0 to 999, not 1000"),
@@ -141,7 +141,10 @@ def test_as_many_steps_as_timesteps():
     ],
 )
 def test_timesteps_are_checked(timesteps: Any, sentence: str):
-    assert sentence in problem(scheduler="lcm", timesteps=timesteps)
+    for scheduler in ("lcm", "Euler a"):
+        found = problem(scheduler=scheduler, timesteps=timesteps)
+        assert found.startswith("timesteps")
+        assert found.endswith(sentence)
 
 
 def test_timesteps_are_not_for_every_sampler():
