@@ -10,17 +10,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from sdxl_worker.generate.refiner import Refiner, load_refiner
 from sdxl_worker.lora.engine import LoraEngine
 from sdxl_worker.serving import delivery
 from sdxl_worker.serving.mode import Mode
 from sdxl_worker.settings import Settings
 from sdxl_worker.topology import write_example_lora
 from sdxl_worker.worker import Worker
-from tests.support import http_server as on
 from tests.support.embedding_files import save_embedding, vectors
-from tests.support.http_server import FileServer
 
 SMALL = {"width": 64, "height": 64, "num_inference_steps": 3, "scheduler": "K_EULER", "prompt_syntax": "a1111"}
 LONG = "fog over the sea, " * 12
@@ -31,9 +31,15 @@ def engine_of_vivid(vivid) -> LoraEngine:
     return LoraEngine(vivid, 2**30)
 
 
+@pytest.fixture(scope="module")
+def refiner(vivid) -> Refiner | None:
+    return load_refiner(Settings(refiner_id="tiny"), vivid)
+
+
 @pytest.fixture
-def worker(vivid, engine_of_vivid: LoraEngine, tmp_path: Path, monkeypatch) -> Worker:
-    worker = Worker(Settings(model_id="tiny", lora_cache_dir=tmp_path / "loras"))
+def worker(vivid, engine_of_vivid: LoraEngine, refiner: Refiner | None, tmp_path: Path, monkeypatch) -> Worker:
+    worker = Worker(Settings(model_id="tiny", refiner_id="tiny", lora_cache_dir=tmp_path / "loras"))
+    worker.refiner = refiner
     write_example_lora(tmp_path / "loras")
     worker._pipeline = vivid
     monkeypatch.setattr(worker, "engine_of", lambda _: engine_of_vivid)
@@ -96,16 +102,52 @@ def test_prompts_of_every_kind_in_one_request(negative: str | None, worker: Work
         assert_alike(worker, answer, index, prompt=prompt, seed=4 + index, **common)
 
 
-def test_prompts_and_seeds_with_a_lora_and_a_picture(worker: Worker, monkeypatch) -> None:
-    monkeypatch.setenv("RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS", "true")
+def _data_uri(image: Image.Image) -> str:
     file = io.BytesIO()
-    Image.linear_gradient("L").convert("RGB").resize((80, 64)).save(file, "PNG")
-    with FileServer() as server:
-        server.add("/start.png", on.whole(file.getvalue()))
-        common = {"image_url": f"{server.origin}/start.png", "strength": 0.7, "loras": ["tiny-example"]}
-        answer = answer_to(worker, prompts=["a cat", "a (dog:1.3)"], seeds=[5, 5], **common)
-        for index, prompt in enumerate(("a cat", "a (dog:1.3)")):
-            assert_alike(worker, answer, index, prompt=prompt, seed=5, **common)
+    image.save(file, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+START = _data_uri(Image.linear_gradient("L").convert("RGB").resize((80, 64)))
+MASK = _data_uri(Image.radial_gradient("L").point(lambda value: 255 * (value < 128)).resize((80, 64)))
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        {},
+        {"loras": [{"path": "tiny-example", "end": 0.5}, {"path": "tiny-example", "start": 0.5, "scale": -1}]},
+        {"image": START, "strength": 0.7},
+        {"image": START, "mask": MASK},
+        {"image": START, "mask": MASK, "inpaint_full_res": True},
+        {"image": START, "extend": {"left": 16}},
+        {"hires": {"scale": 1.5, "strength": 0.6}},
+        {"hires": {"scale": 1.5, "strength": 0.6, "upscaler": "lanczos"}},
+        {"refiner_inference_steps": 9},
+        {"high_noise_frac": 0.6},
+        {"scheduler": "DPM++ SDE"},
+    ],
+    ids=lambda mode: " ".join(name for name in mode if name != "image") or "text",
+)
+def test_prompts_and_seeds_in_every_mode_also_where_memory_runs_out(mode, worker: Worker, vivid, monkeypatch) -> None:
+    """One prompt is for diffusers itself, one is weighted, one longer; two at once do not fit after the second step."""
+    common = {"loras": ["tiny-example"], "num_inference_steps": 5, "negative_prompt": "fog", **mode}
+    prompts, seeds = ["a cat", "a cat", "a (dog:1.4)", "a dog BREAK snow"], [5, 6, 5, 5]
+    forward, sizes = vivid.unet.forward, []
+
+    def runs_out(sample: Any, *arguments: Any, **keywords: Any) -> Any:
+        sizes.append(len(sample))
+        if len(sample) > 2 and len(sizes) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(sample, *arguments, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vivid.unet, "forward", runs_out)
+        answer = answer_to(worker, prompts=prompts, seeds=seeds, **common)
+    assert "warnings" not in answer
+    assert sizes[:4] == [4, 4, 4, 2]
+    for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+        assert_alike(worker, answer, index, prompt=prompt, seed=seed, **common)
 
 
 def test_the_same_lora_tags_in_every_prompt(worker: Worker) -> None:

@@ -45,6 +45,7 @@ def kinds(server: FileServer, cache: Path) -> list[Kind]:
         *_image_to_image(url),
         *_inpainting(url),
         *_hires(url),
+        *_refiner(url),
         *_several(),
         *_stopped(url),
         *_failures(url),
@@ -105,6 +106,7 @@ def _text_to_image(url: str) -> list[Kind]:
         _drawn("clip skip", clip_skip=1),
         _drawn("Heun Karras", scheduler="Heun", schedule_type="karras"),
         _drawn("DPM++ SDE", scheduler="DPM++ SDE"),
+        _drawn("DDIM with eta", scheduler="DDIM", eta=0.7, guidance_rescale=0.5),
         _drawn("DPM++ 2M SGM", scheduler="DPM++ 2M", schedule_type="sgm_uniform"),
         _drawn("webp with previews", output_format="webp", preview=True),
         Kind("inspection", {**SMALL, "prompt": "a (cat:1.3)", "inspect_prompt": True, **tags}, pictures=0),
@@ -148,6 +150,15 @@ def _hires(url: str) -> list[Kind]:
     ]
 
 
+def _refiner(url: str) -> list[Kind]:
+    return [
+        _drawn("refiner", refiner_inference_steps=10),
+        _drawn("refiner goes on", 2, high_noise_frac=0.5, loras=[EXAMPLE_LORA], num_images=2),
+        _drawn("refiner as in worker-sdxl", high_noise_frac=0.5, refiner_inference_steps=10, strength=0.3),
+        _drawn("refiner alone", image_url=f"{url}/start.png", refiner_inference_steps=10),
+    ]
+
+
 def _several() -> list[Kind]:
     prompts = ["a cat", "a (cat:1.5)", "a dog BREAK snow", "a cat"]
     return [
@@ -160,6 +171,7 @@ def _several() -> list[Kind]:
 
 def _stopped(url: str) -> list[Kind]:
     endless = {**SMALL, **ENDLESS}
+    refined = {"num_inference_steps": 2, "refiner_inference_steps": 200, "strength": 1}
     second = {"num_inference_steps": 2, "width": 256, "height": 256, "hires": {"scale": 3, "steps": 150}}
     return [
         Kind("stopped", endless, stop_at="denoising"),
@@ -173,6 +185,7 @@ def _stopped(url: str) -> list[Kind]:
         Kind("stopped image", {**endless, "image_url": f"{url}/start.png", "strength": 1}, stop_at="denoising"),
         Kind("stopped inpainting", {**endless, **_masked(url), "strength": 1}, stop_at="denoising"),
         Kind("stopped second pass", {**endless, **second, "loras": [EXAMPLE_LORA]}, stop_at="denoising", step=3),
+        Kind("stopped refiner", {**endless, **refined, "loras": [EXAMPLE_LORA]}, stop_at="denoising", step=3),
         Kind("stopped download", {**SMALL, "loras": [f"{url}/slow.safetensors"]}, stop_at="downloading"),
     ]
 

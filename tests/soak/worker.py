@@ -30,7 +30,9 @@ def main() -> int:
         close()
 
     def _tell(when: str) -> None:
-        sys.stdout.write(f"{when}: {weight_hash(worker.pipeline)}\n")
+        assert worker.refiner is not None
+        found = " ".join(weight_hash(pipeline) for pipeline in (worker.pipeline, worker.refiner.pipeline))
+        sys.stdout.write(f"{when}: {found}\n")
         sys.stdout.flush()
 
     worker.get_ready, worker.close = ready, closed  # type: ignore[method-assign]

@@ -238,10 +238,14 @@ def save(path: Path, tensors: Tensors, metadata: dict[str, str] | None = None) -
 
 
 def weight_hash(pipeline) -> str:
-    """A hash over every weight, its dtype and requires_grad flag, the module types and the scheduler's config."""
+    """A hash over every weight, its dtype and requires_grad flag, the module types and the scheduler's config.
+
+    A refiner has one text encoder less.
+    """
     digest = hashlib.sha256(repr((type(pipeline.scheduler), sorted(pipeline.scheduler.config.items()))).encode())
     for component in ("unet", "text_encoder", "text_encoder_2", "vae"):
-        root = getattr(pipeline, component)
+        if (root := getattr(pipeline, component)) is None:
+            continue
         digest.update(repr([(name, type(module)) for name, module in root.named_modules()]).encode())
         for name, value in [*root.named_parameters(), *root.named_buffers()]:
             digest.update(f"{component}.{name} {value.dtype} {value.requires_grad}".encode())
