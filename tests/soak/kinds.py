@@ -46,6 +46,7 @@ def kinds(server: FileServer, cache: Path) -> list[Kind]:
         *_inpainting(url),
         *_hires(url),
         *_refiner(url),
+        *_few_steps(url),
         *_several(),
         *_stopped(url),
         *_failures(url),
@@ -62,7 +63,8 @@ def _serve(server: FileServer, lora: bytes) -> str:
     server.add("/half.png", whole(start[: len(start) // 2]))
     server.add("/cut.png", cut(start, after=len(start) // 2))
     server.add("/page.png", status(200, b"<html>not here</html>", content_type="text/html"))
-    server.add("/style.safetensors", whole(lora))
+    for name in ("style", "sdxl_lightning_4step_lora", "dmd2_sdxl_4step_lora"):
+        server.add(f"/{name}.safetensors", whole(lora))
     server.add("/page.safetensors", status(200, b"<html>not here</html>", content_type="text/html"))
     server.add("/slow.safetensors", drip(lora[:2000]))
     return server.origin
@@ -156,6 +158,17 @@ def _refiner(url: str) -> list[Kind]:
         _drawn("refiner goes on", 2, high_noise_frac=0.5, loras=[EXAMPLE_LORA], num_images=2),
         _drawn("refiner as in worker-sdxl", high_noise_frac=0.5, refiner_inference_steps=10, strength=0.3),
         _drawn("refiner alone", image_url=f"{url}/start.png", refiner_inference_steps=10),
+    ]
+
+
+def _few_steps(url: str) -> list[Kind]:
+    bare = {name: value for name, value in SMALL.items() if name != "num_inference_steps"}
+    lightning, dmd2 = f"{url}/sdxl_lightning_4step_lora.safetensors", f"{url}/dmd2_sdxl_4step_lora.safetensors"
+    return [
+        Kind("Lightning", {**bare, "loras": [lightning]}),
+        Kind("DMD2", {**bare, "loras": [dmd2, EXAMPLE_LORA], "num_images": 2}, pictures=2),
+        Kind("Lightning on an image", {**bare, "loras": [lightning], "image_url": f"{url}/start.png"}),
+        _drawn("Lightning overridden", loras=[lightning], scheduler="DDIM", guidance_scale=7),
     ]
 
 
