@@ -98,6 +98,7 @@ def test_a_schedule_has_no_more_steps_than_the_model_was_trained_with():
     assert problem({"strength": 0.4, "steps": 28}, scheduler="LCM") == (
         "hires.steps / hires.strength is 70 and must be from 1 to 50 with LCM"
     )
+    assert "must be from 1 to 1000" in problem({"strength": 5e-324, "steps": 20})
     assert hires({"strength": 0.02, "steps": 20}).hires.steps == 20
 
 
