@@ -12,8 +12,8 @@ from sdxl_worker.request import MAX_SIDE
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
 
-# Beyond what a request can ask for in one pass. Decoding this much whole takes some 8 GB in half precision, and its
-# largest tensor has a billion values, of which kernels count up to two.
+# What a request can ask for in one pass. The largest tensor of decoding it has 256 values for each pixel: a billion, or
+# 2 GB in half precision, and several of that size are there at once. Some kernels count to two billion only.
 MAX_WHOLE_PIXELS = MAX_SIDE * MAX_SIDE
 
 

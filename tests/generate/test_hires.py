@@ -106,7 +106,7 @@ def test_each_picture_is_that_of_its_seed_alone(pipeline):
 def test_batches_have_room_for_the_second_pass(pipeline, monkeypatch):
     sizes: list[int] = []
 
-    def most(_device: torch.device, pixels: int) -> int:
+    def most(_device: torch.device, pixels: int, _reserved: int) -> int:
         sizes.append(pixels)
         return 1
 
