@@ -60,9 +60,9 @@ def request_overhead(repeats: int, side: int, steps: int) -> dict[str, Any]:
     pipeline.set_progress_bar_config(disable=True)
     for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
         module.eval().requires_grad_(False)
-    resident = Worker(Settings(model_id="tiny"))
-    resident._pipeline = pipeline
-    handler.process.worker = resident  # the narrow model has no MODEL_ID
+    worker = Worker(Settings(model_id="tiny"))
+    worker.resident.use(pipeline)
+    handler.process.worker = worker  # the narrow model has no MODEL_ID
     fields = {"prompt": "a lighthouse", "width": side, "height": side, "num_inference_steps": steps, "seed": 1}
     request = validate_request(fields)
     lines = JobLines()

@@ -6,17 +6,13 @@ import dataclasses
 import functools
 import gc
 import logging
-import threading
-import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL.Image import Image
 
-from sdxl_worker import prompts
 from sdxl_worker.assets.store import AssetStore
 from sdxl_worker.errors import Cancelled, ModelUnavailable, OutOfMemory
 from sdxl_worker.generate.infotext import model_name
@@ -31,6 +27,7 @@ from sdxl_worker.lora_entries import parse_lora_entries
 from sdxl_worker.memory import free_memory
 from sdxl_worker.prompts.lora_tags import with_lora_tags
 from sdxl_worker.request import GenerationRequest, LoraScale
+from sdxl_worker.resident import Resident
 from sdxl_worker.serving.answers import answer_limit, check_size, json_size, sendable
 from sdxl_worker.serving.delivery import deliver
 from sdxl_worker.serving.faults import Health, as_worker_error
@@ -45,16 +42,12 @@ from sdxl_worker.validation import validate_request
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
 
-    from sdxl_worker.generate.refiner import Refiner
 
 logger = logging.getLogger(__name__)
 
 
 class Worker:
-    """Settings, assets, the resident pipeline with its LoRA engine, health, the queue for the device.
-
-    Loads the pipeline when it is first asked for; the LoRA engine only when the first LoRA is.
-    """
+    """Settings, assets, the resident pipeline with its LoRA engine, health, the queue for the device."""
 
     def __init__(self, settings: Settings, mode: Mode = Mode.LIBRARY) -> None:
         self.settings = settings
@@ -63,35 +56,16 @@ class Worker:
         self.health = Health()
         self.turns = Turns()
         self.saved: list[Path] = []
-        self._lock = threading.RLock()
-        self.refiner: Refiner | None = None
-        self._pipeline: StableDiffusionXLPipeline | None = None
-        self._model_hash: Future[str] | None = None
-        self._engines: weakref.WeakKeyDictionary[Any, LoraEngine] = weakref.WeakKeyDictionary()
+        self.resident = Resident(settings)
 
     @property
     def pipeline(self) -> StableDiffusionXLPipeline:
         """The resident pipeline; raises ModelUnavailable."""
-        with self._lock:
-            if self._pipeline is None:
-                from sdxl_worker.generate.load import load_pipeline
-                from sdxl_worker.generate.model_hash import start_hashing
-                from sdxl_worker.generate.refiner import load_refiner
-
-                pipeline, model = load_pipeline(self.settings)
-                # Copied now: no render may use the originals meanwhile.
-                prompts.tokenizers_of(pipeline)
-                self.refiner = load_refiner(self.settings, pipeline)
-                self._model_hash = start_hashing(model, pipeline)
-                self._pipeline = pipeline
-            return self._pipeline
+        return self.resident.pipeline
 
     def engine_of(self, pipeline: StableDiffusionXLPipeline) -> LoraEngine:
         """The one LoRA engine of `pipeline`."""
-        with self._lock:
-            if pipeline not in self._engines:
-                self._engines[pipeline] = LoraEngine(pipeline, int(self.settings.lora_ram_cache_gb * 2**30))
-            return self._engines[pipeline]
+        return self.resident.engine_of(pipeline)
 
     def get_ready(self) -> None:
         """Everything that comes before the first job: start-up line, cache folder, model, preloaded LoRAs.
@@ -132,14 +106,11 @@ class Worker:
 
     def checks(self) -> list[functools.partial[None]]:
         """What has to pass before the first job on RunPod; each raises UnhealthyWorker."""
-        return checks(self.settings, lambda: self.pipeline, lambda: self.refiner)
+        return checks(self.settings, lambda: self.pipeline, lambda: self.resident.refiner)
 
     def close(self) -> None:
         """Let go of the pipeline and all that was read for it; the next job would load it again."""
-        with self._lock:
-            self._pipeline = self.refiner = self._model_hash = None
-            self._engines.clear()
-        gc.collect()
+        self.resident.close()
 
     def start_run(self, job: Any) -> JobRun:
         """What accompanies a job that has just arrived; takes its place in the queue for the device."""
@@ -230,9 +201,11 @@ class Worker:
         warnings = prepared.warnings(applied)
         limit = self.answer_limit(run.job_id)
         room = None if limit is None else limit - json_size({**answer, "warnings": warnings})
-        model_hash = self._model_hash.result() if self._model_hash else ""
-        used = prepared.used if self.refiner is None else dataclasses.replace(prepared.used, refiner=self.refiner.title)
-        delivered = deliver(pictures, prepared.request, used, run, self.settings, self.mode, room, model_hash)
+        refiner, used = self.resident.refiner, prepared.used
+        used = used if refiner is None else dataclasses.replace(used, refiner=refiner.title)
+        delivered = deliver(
+            pictures, prepared.request, used, run, self.settings, self.mode, room, self.resident.model_hash
+        )
         self.saved += delivered.saved
         answer |= {"images": delivered.images, "image_url": delivered.images[0]}
         warnings += delivered.warnings
@@ -256,7 +229,8 @@ class Worker:
             stack.enter_context(run.device())
             stack.enter_context(self.health.watch())
             # Before the LoRAs: the refiner, which gets none, shares the second text encoder.
-            refining = self.refiner.ready_for(request, prepared.embeddings) if self.refiner else None
+            refiner = self.resident.refiner
+            refining = refiner.ready_for(request, prepared.embeddings) if refiner else None
             if prepared.loras:
                 loras = LoraSchedule(self.engine_of(pipeline), prepared.loras, run)
                 stack.enter_context(run.timed(loras.merged(), "applying_loras", "restoring"))

@@ -74,8 +74,7 @@ def test_an_example_renders(path: Path, pipeline, engine, server: FileServer, tm
     for embedding in fields.get("embeddings", []):
         embedding["path"] = save_embedding(tmp_path / "embedding.safetensors", vectors(pipeline, 2)).name
     worker = Worker(Settings(model_id="tiny", refiner_id="tiny", lora_cache_dir=tmp_path))
-    worker._pipeline = pipeline
-    worker.refiner = load_refiner(worker.settings, pipeline)
+    worker.resident.use(pipeline, load_refiner(worker.settings, pipeline))
     monkeypatch.setattr(worker, "engine_of", lambda _: engine)
     answer = worker.run({"id": "example", "input": fields})
     lists = [len(fields[name]) for name in ("seeds", "prompts") if name in fields]

@@ -34,7 +34,7 @@ def worker(process, pipeline, engine: LoraEngine, tmp_path, monkeypatch) -> Work
     """The process's worker, on the session's pipeline and a cache folder with the example LoRA."""
     process.worker = Worker(Settings(model_id="tiny", lora_cache_dir=tmp_path / "loras"))
     write_example_lora(process.worker.settings.lora_cache_dir)
-    process.worker._pipeline = pipeline
+    process.worker.resident.use(pipeline)
     monkeypatch.setattr(process.worker, "engine_of", lambda _: engine)
     return process.worker
 
@@ -120,9 +120,9 @@ def test_the_sdk_s_start_gets_the_handler_and_the_checks(command_line, process, 
     monkeypatch.setattr(sdk, "start", started.append)
     monkeypatch.setattr(sdk, "register_fitness_check", registered.append)
     process.worker = Worker(Settings(model_id="tiny", lora_cache_dir=tmp_path / "loras", worker_concurrency=2))
-    process.worker._pipeline = pipeline
+    process.worker.resident.use(pipeline)
     assert command_line("--test_input", '{"input": {"prompt": "a"}}')[0] == 0
     assert started[0]["handler"] == process.service.handle
     assert started[0]["concurrency_modifier"](1) == 2
-    names = ["check_model", "check_cache_folder", "check_gpu_memory", "check_bucket"]
+    names = ["check_model", "check_refiner", "check_cache_folder", "check_gpu_memory", "check_bucket"]
     assert [check.__name__ for check in registered] == names

@@ -39,7 +39,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("kinds", "memory", "lora", "prompts", "topology"),
     ("generate",),
     ("serving",),
-    ("worker",),
+    ("resident", "worker"),
     ("handler", "download_weights", "schemas"),
 )
 MODULES = {

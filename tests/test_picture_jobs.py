@@ -36,7 +36,7 @@ INPAINT = {**SMALL, "width": 120, "height": 80, "image": data_uri(PICTURE), "mas
 def worker(pipeline, engine, tmp_path, monkeypatch) -> Worker:
     worker = Worker(Settings(model_id="tiny", lora_cache_dir=tmp_path / "loras"))
     write_example_lora(worker.settings.lora_cache_dir)
-    worker._pipeline = pipeline
+    worker.resident.use(pipeline)
     monkeypatch.setattr(worker, "engine_of", lambda _: engine)
     return worker
 

@@ -38,7 +38,7 @@ def worker(pipeline, engine: LoraEngine, tmp_path, monkeypatch) -> Worker:
     """A worker with the session's pipeline, and a cache folder with the example LoRA."""
     worker = Worker(Settings(model_id="tiny", lora_cache_dir=tmp_path / "loras"))
     write_example_lora(worker.settings.lora_cache_dir)
-    worker._pipeline = pipeline
+    worker.resident.use(pipeline)
     monkeypatch.setattr(worker, "engine_of", lambda _: engine)
     return worker
 
@@ -368,7 +368,7 @@ def test_progress_goes_to_runpod_in_production_only(worker):
 def test_preload_logs_whatever_goes_wrong_and_the_worker_starts(pipeline, tmp_path, monkeypatch, caplog, error):
     settings = Settings(model_id="tiny", lora_cache_dir=tmp_path, lora_preload="not-there, first, tiny-example,,")
     worker = Worker(settings, Mode.PRODUCTION)
-    worker._pipeline = pipeline
+    worker.resident.use(pipeline)
     (tmp_path / "first.safetensors").write_bytes(write_example_lora(tmp_path).read_bytes())
     read, seen = LoraEngine.read, []
 
@@ -434,7 +434,7 @@ def test_the_worker_says_how_prompts_are_read_where_the_request_does_not(worker,
     assert worker.run(job(**unsaid))["warnings"] == worker.run(job(**plain))["warnings"]
     assert "warnings" not in worker.run(job(**a1111))
     other = Worker(Settings(model_id="tiny", prompt_syntax="a1111", lora_cache_dir=tmp_path / "loras"))
-    other._pipeline = worker._pipeline
+    other.resident.use(worker.pipeline)
     answers = [other.run(job(**fields)) for fields in (unsaid, {**unsaid, "prompt_syntax": None}, plain)]
     assert ["warnings" in answer for answer in answers] == [False, False, True]
     assert answers[0]["images"] == worker.run(job(**a1111))["images"]

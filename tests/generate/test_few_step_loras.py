@@ -156,7 +156,7 @@ def worker(pipeline, engine: LoraEngine, internet: Hub, tmp_path: Path, monkeypa
         civitai_endpoint=internet.cdn.origin,
     )
     worker = Worker(settings)
-    worker._pipeline = pipeline
+    worker.resident.use(pipeline)
     monkeypatch.setattr(worker, "engine_of", lambda _: engine)
     return worker
 

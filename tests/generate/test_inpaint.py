@@ -356,7 +356,7 @@ def test_a_checkpoint_for_inpainting_loads_from_a_folder_and_from_a_file(nine_ch
 @pytest.mark.parametrize("fields", [{}, {"image": "data:image/png;base64,AAAA"}])
 def test_a_checkpoint_for_inpainting_draws_nothing_else(fields: dict[str, str], nine_channels, tmp_path: Path):
     worker = Worker(Settings(model_id="tiny", lora_cache_dir=tmp_path))
-    worker._pipeline = nine_channels
+    worker.resident.use(nine_channels)
     assert worker.run({"input": {"prompt": "a", "width": 64, "height": 64, **fields}}) == {
         "error": "INVALID_INPUT: this worker's base model is an inpainting checkpoint: it needs image_url, and "
         "mask_url or extend"

@@ -46,8 +46,10 @@ def text_of(answer: dict[str, Any]) -> str:
 
 
 def state(worker: Worker) -> tuple[str, list[torch.Tensor]]:
-    assert worker.refiner is not None
-    return weight_hash(worker.pipeline), [value.clone() for value in worker.refiner.pipeline.unet.state_dict().values()]
+    assert worker.resident.refiner is not None
+    return weight_hash(worker.pipeline), [
+        value.clone() for value in worker.resident.refiner.pipeline.unet.state_dict().values()
+    ]
 
 
 def assert_as_before(worker: Worker, before: tuple[str, list[torch.Tensor]]) -> None:
@@ -57,17 +59,17 @@ def assert_as_before(worker: Worker, before: tuple[str, list[torch.Tensor]]) -> 
 
 
 def test_the_text_of_a_picture_names_the_refiner(worker: Worker) -> None:
-    assert worker.refiner is not None
+    assert worker.resident.refiner is not None
     plain, refined = run(worker, **SMALL), run(worker, **GOES_ON, **LORA)
     assert "warnings" not in refined
     assert refined["loras"][0]["layers_applied"] > 0
-    assert f"Refiner: {worker.refiner.title}, Refiner switch at: 0.6" in text_of(refined)
+    assert f"Refiner: {worker.resident.refiner.title}, Refiner switch at: 0.6" in text_of(refined)
     assert "Refiner" not in text_of(plain)
 
 
 def test_a_lora_of_the_text_encoder_does_not_reach_the_refiners_words(worker: Worker) -> None:
     """Bit for bit what is drawn with words that were encoded before the LoRA was merged, and not after."""
-    pipeline, refiner, folder = worker.pipeline, worker.refiner, worker.settings.lora_cache_dir
+    pipeline, refiner, folder = worker.pipeline, worker.resident.refiner, worker.settings.lora_cache_dir
     assert refiner is not None
     tensors: dict[str, torch.Tensor] = {}
     for name, module in pipeline.text_encoder_2.named_modules():
@@ -99,8 +101,8 @@ def test_all_is_as_before_after_pictures_stops_and_failures(worker: Worker, monk
         )
         assert worker.run({"id": "job", "input": {**fields, **LORA}}, job)["error"].startswith("CANCELLED")
         with monkeypatch.context() as patch:
-            assert worker.refiner is not None
-            patch.setattr(worker.refiner.pipeline.unet, "forward", lambda *_, **__: 1 / 0)
+            assert worker.resident.refiner is not None
+            patch.setattr(worker.resident.refiner.pipeline.unet, "forward", lambda *_, **__: 1 / 0)
             assert run(worker, **fields, **LORA)["error"].startswith("INTERNAL")
         assert_as_before(worker, before)
         assert run(worker, **SMALL)["images"] == plain

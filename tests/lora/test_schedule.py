@@ -68,7 +68,7 @@ def parts(pipeline, tmp_path: Path) -> dict[str, Part]:
 @pytest.fixture
 def worker(pipeline, engine: LoraEngine, tmp_path: Path, monkeypatch) -> Worker:
     worker = Worker(Settings(model_id="tiny", lora_cache_dir=tmp_path / "loras"))
-    worker._pipeline = pipeline
+    worker.resident.use(pipeline)
     monkeypatch.setattr(worker, "engine_of", lambda _: engine)
     return worker
 
@@ -401,7 +401,7 @@ def test_nothing_is_asked_between_steps_where_all_loras_act_at_all(worker, parts
 def test_no_weight_is_copied_for_good_after_the_first_step(pipeline, parts, tmp_path):
     """A copy that is made late could be the one that there is no memory for."""
     worker = Worker(Settings(model_id="tiny", lora_cache_dir=tmp_path / "loras"))
-    worker._pipeline = pipeline
+    worker.resident.use(pipeline)
     engine = worker.engine_of(pipeline)
     kept: list[int] = []
     drawn(worker, *TWO, on_step=lambda *_: kept.append(len(engine._merger._pristine)))

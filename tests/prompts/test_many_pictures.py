@@ -39,9 +39,8 @@ def refiner(vivid) -> Refiner | None:
 @pytest.fixture
 def worker(vivid, engine_of_vivid: LoraEngine, refiner: Refiner | None, tmp_path: Path, monkeypatch) -> Worker:
     worker = Worker(Settings(model_id="tiny", refiner_id="tiny", lora_cache_dir=tmp_path / "loras"))
-    worker.refiner = refiner
     write_example_lora(tmp_path / "loras")
-    worker._pipeline = vivid
+    worker.resident.use(vivid, refiner)
     monkeypatch.setattr(worker, "engine_of", lambda _: engine_of_vivid)
     return worker
 

@@ -33,7 +33,7 @@ def engine_of_vivid(vivid) -> LoraEngine:
 def worker(vivid, engine_of_vivid: LoraEngine, tmp_path: Path, monkeypatch) -> Worker:
     worker = Worker(Settings(model_id="tiny", lora_cache_dir=tmp_path / "loras"))
     (tmp_path / "loras").mkdir()
-    worker._pipeline = vivid
+    worker.resident.use(vivid)
     monkeypatch.setattr(worker, "engine_of", lambda _: engine_of_vivid)
     return worker
 
@@ -209,7 +209,7 @@ def test_an_inspection_shows_the_vectors(worker: Worker, vivid) -> None:
 def test_preloaded_embeddings_lie_in_the_cache(worker: Worker, vivid, caplog) -> None:
     save_embedding(folder(worker) / "emb.safetensors", vectors(vivid, 2))
     worker = Worker(Settings(lora_cache_dir=folder(worker), embedding_preload="emb, absent"))
-    worker._pipeline = vivid
+    worker.resident.use(vivid)
     worker.preload()
     assert (folder(worker) / "emb.safetensors.json").is_file()
     assert [record.getMessage() for record in caplog.records] == [

@@ -21,16 +21,16 @@ from sdxl_worker.worker import Worker
 
 
 @pytest.fixture
-def resident(pipeline, tmp_path) -> Worker:
-    resident = Worker(Settings(model_id="tiny", lora_cache_dir=tmp_path / "loras"))
-    resident._pipeline = pipeline
-    return resident
+def worker(pipeline, tmp_path) -> Worker:
+    worker = Worker(Settings(model_id="tiny", lora_cache_dir=tmp_path / "loras"))
+    worker.resident.use(pipeline)
+    return worker
 
 
-def test_a_good_worker_passes(resident):
-    for check in resident.checks():
+def test_a_good_worker_passes(worker):
+    for check in worker.checks():
         check()
-    assert not [path for path in resident.settings.lora_cache_dir.rglob("*") if path.is_file()]
+    assert not [path for path in worker.settings.lora_cache_dir.rglob("*") if path.is_file()]
 
 
 def test_a_model_that_cannot_be_loaded(tmp_path):
@@ -38,25 +38,25 @@ def test_a_model_that_cannot_be_loaded(tmp_path):
         Worker(Settings(model_id=str(tmp_path / "none"), lora_cache_dir=tmp_path)).checks()[0]()
 
 
-def test_a_model_that_renders_no_numbers(resident, monkeypatch):
-    vae = resident.pipeline.vae
+def test_a_model_that_renders_no_numbers(worker, monkeypatch):
+    vae = worker.pipeline.vae
     monkeypatch.setattr(vae, "decode", lambda *_, **__: (torch.full((1, 3, 64, 64), torch.nan),))
     with pytest.raises(UnhealthyWorker, match="MODEL_ID or VAE_ID"):
-        check_model(lambda: resident.pipeline)
+        check_model(lambda: worker.pipeline)
 
 
 def test_an_inpainting_checkpoint_passes_with_a_picture_and_a_mask():
     check_model(lambda: topology.build_sdxl(in_channels=9))
 
 
-def test_a_model_that_renders_one_colour(resident, monkeypatch):
-    monkeypatch.setattr(resident.pipeline.vae, "decode", lambda *_, **__: (torch.zeros(1, 3, 64, 64),))
+def test_a_model_that_renders_one_colour(worker, monkeypatch):
+    monkeypatch.setattr(worker.pipeline.vae, "decode", lambda *_, **__: (torch.zeros(1, 3, 64, 64),))
     with pytest.raises(UnhealthyWorker, match="empty picture"):
-        check_model(lambda: resident.pipeline)
+        check_model(lambda: worker.pipeline)
 
 
-def test_the_refiner_renders_as_well(resident, monkeypatch):
-    pipeline = resident.pipeline
+def test_the_refiner_renders_as_well(worker, monkeypatch):
+    pipeline = worker.pipeline
     check_refiner(lambda: pipeline, lambda: None)
     refiner = load_refiner(Settings(refiner_id="tiny"), pipeline)
     assert refiner is not None
@@ -72,30 +72,30 @@ def test_a_cache_folder_that_cannot_be(tmp_path):
         check_cache_folder(tmp_path / "file" / "loras")
 
 
-def test_a_full_volume_is_only_logged(resident, monkeypatch, caplog):
+def test_a_full_volume_is_only_logged(worker, monkeypatch, caplog):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(cache.Path, "open", full)
-    check_cache_folder(resident.settings.lora_cache_dir)
+    check_cache_folder(worker.settings.lora_cache_dir)
     assert "is full: set LORA_CACHE_MAX_GB" in caplog.text
 
 
-def test_gpu_memory(resident, monkeypatch):
+def test_gpu_memory(worker, monkeypatch):
     class Gpu:
         device = torch.device("cuda")
 
-    resident._pipeline = Gpu()
+    worker.resident.use(Gpu())
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (20 * 2**30, 24 * 2**30))
-    check_gpu_memory(lambda: resident.pipeline)
+    check_gpu_memory(lambda: worker.pipeline)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1 * 2**30, 8 * 2**30))
     with pytest.raises(UnhealthyWorker, match=r"only 1.0 of 8.0 GB .* choose a GPU type with more memory"):
-        check_gpu_memory(lambda: resident.pipeline)
+        check_gpu_memory(lambda: worker.pipeline)
 
 
-def test_the_startup_line(resident):
-    line = startup_line(resident.settings)
-    for part in ("python 3.", "runpod 1.", "torch 2.", "model tiny", str(resident.settings.lora_cache_dir), "GB free"):
+def test_the_startup_line(worker):
+    line = startup_line(worker.settings)
+    for part in ("python 3.", "runpod 1.", "torch 2.", "model tiny", str(worker.settings.lora_cache_dir), "GB free"):
         assert part in line
     assert "\n" not in line
     assert "refiner" not in line

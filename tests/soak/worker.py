@@ -30,8 +30,8 @@ def main() -> int:
         close()
 
     def _tell(when: str) -> None:
-        assert worker.refiner is not None
-        found = " ".join(weight_hash(pipeline) for pipeline in (worker.pipeline, worker.refiner.pipeline))
+        assert worker.resident.refiner is not None
+        found = " ".join(weight_hash(pipeline) for pipeline in (worker.pipeline, worker.resident.refiner.pipeline))
         sys.stdout.write(f"{when}: {found}\n")
         sys.stdout.flush()
 

@@ -1,0 +1,76 @@
+"""What stays in memory as long as the process: the pipeline, its refiner, its LoRA engine, its hash."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+from sdxl_worker import prompts
+from sdxl_worker.lora.engine import LoraEngine
+from sdxl_worker.settings import Settings
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionXLPipeline
+
+    from sdxl_worker.generate.refiner import Refiner
+
+
+class Resident:
+    """Loads the pipeline when it is first asked for; the LoRA engine only when the first LoRA is."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._lock = threading.RLock()
+        self._pipeline: StableDiffusionXLPipeline | None = None
+        self._refiner: Refiner | None = None
+        self._model_hash: Future[str] | None = None
+        self._engines: weakref.WeakKeyDictionary[Any, LoraEngine] = weakref.WeakKeyDictionary()
+
+    @property
+    def pipeline(self) -> StableDiffusionXLPipeline:
+        """The base model; raises ModelUnavailable."""
+        with self._lock:
+            if self._pipeline is None:
+                from sdxl_worker.generate.load import load_pipeline
+                from sdxl_worker.generate.model_hash import start_hashing
+                from sdxl_worker.generate.refiner import load_refiner
+
+                pipeline, model = load_pipeline(self._settings)
+                # Copied now: no render may use the originals meanwhile.
+                prompts.tokenizers_of(pipeline)
+                self.use(pipeline, load_refiner(self._settings, pipeline))
+                self._model_hash = start_hashing(model, pipeline)
+            assert self._pipeline is not None
+            return self._pipeline
+
+    @property
+    def refiner(self) -> Refiner | None:
+        """None where REFINER_ID is empty, and before the pipeline is loaded."""
+        return self._refiner
+
+    @property
+    def model_hash(self) -> str:
+        """Waits for it; empty where the base model has none."""
+        return self._model_hash.result() if self._model_hash else ""
+
+    def use(self, pipeline: StableDiffusionXLPipeline, refiner: Refiner | None = None) -> None:
+        """Take these, which are loaded already."""
+        with self._lock:
+            self._pipeline, self._refiner = pipeline, refiner
+
+    def engine_of(self, pipeline: StableDiffusionXLPipeline) -> LoraEngine:
+        """The one LoRA engine of `pipeline`."""
+        with self._lock:
+            if pipeline not in self._engines:
+                self._engines[pipeline] = LoraEngine(pipeline, int(self._settings.lora_ram_cache_gb * 2**30))
+            return self._engines[pipeline]
+
+    def close(self) -> None:
+        """Let go of everything; the next job would load it again."""
+        with self._lock:
+            self._pipeline = self._refiner = self._model_hash = None
+            self._engines.clear()
+        gc.collect()
