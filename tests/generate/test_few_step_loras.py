@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import save
 
 from sdxl_worker.assets.sources import hub
+from sdxl_worker.job_run import Denoising, JobRun, NoProgress, ProgressEvent
 from sdxl_worker.lora.engine import LoraEngine
 from sdxl_worker.settings import Settings
 from sdxl_worker.validation import validate_request
@@ -27,6 +28,14 @@ from tests.support.hub_server import Hub, Repo
 from tests.support.lora_files import weight_hash
 from tests.support.lora_styles import merged_by_hand, styled_file
 
+
+def data_uri(colour: str) -> str:
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64), colour).save(file, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+PICTURE, MASK = data_uri("teal"), data_uri("white")
 SMALL = {"prompt": "a lighthouse", "width": 64, "height": 64, "seed": 5}
 WEIGHTS = "pytorch_lora_weights.safetensors"
 TRAILING = {"schedule_type": "sgm_uniform", "guidance_scale": 1.0}
@@ -312,6 +321,52 @@ def test_a_tag_in_the_prompt_is_enough(worker: Worker) -> None:
     put(worker, "sdxl_lightning_2step_lora.safetensors", stand_in(worker.pipeline, "kohya, diffusers names"))
     answer = drawn(worker, prompt="a lighthouse <lora:sdxl_lightning_2step_lora:1>", prompt_syntax="a1111")
     assert used(answer)["num_inference_steps"] == 2
+
+
+# The timesteps that the UNet sees: of the steps that are chosen, the last int(steps * strength), and with hires, those
+# of its second pass, which makes as many as the first, from strength 0.4 (the last of ceil(steps / 0.4)).
+MODES: dict[str, tuple[dict[str, Any], dict[str, list[int]]]] = {
+    "image": (
+        {"image": PICTURE, "strength": 0.5},
+        {"SDXL-Lightning, 2 steps": [499], "DMD2": [499, 249], "Hyper-SD, 1 step": [499]},
+    ),
+    "inpaint": (
+        {"image": PICTURE, "mask": MASK},
+        {"SDXL-Lightning, 2 steps": [499], "DMD2": [749, 499, 249], "Hyper-SD, 1 step": [499]},
+    ),
+    "hires": (
+        {"hires": {"scale": 2}},
+        {
+            "SDXL-Lightning, 2 steps": [999, 499, 399, 199],
+            "DMD2": [999, 749, 499, 249, *[399, 299, 199, 99]],
+            "Hyper-SD, 1 step": [999, 339],
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ["SDXL-Lightning, 2 steps", "DMD2", "Hyper-SD, 1 step"])
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_takes_the_chosen_settings(mode: str, kind: str, worker: Worker, seen) -> None:
+    name = put(worker, FAMILIES[kind][1], stand_in(worker.pipeline, FAMILIES[kind][2]))
+    fields, timesteps = MODES[mode]
+    answer = drawn(worker, loras=[name], **fields)
+    assert answer["settings"]["kind"] == kind
+    assert "warnings" not in answer
+    assert [(batch, timestep) for batch, timestep, _ in seen] == [(1, timestep) for timestep in timesteps[kind]]
+
+
+def test_progress_counts_the_chosen_steps(worker: Worker) -> None:
+    name = put(worker, "sdxl_lightning_2step_lora.safetensors", stand_in(worker.pipeline, "kohya, diffusers names"))
+    told: list[tuple[int, int]] = []
+
+    class Listener(NoProgress):
+        def update(self, event: ProgressEvent) -> None:
+            told.extend([(event.step, event.steps)] if isinstance(event, Denoising) else ())
+
+    run = JobRun("job", worker.turns.ticket(), Listener())
+    assert "error" not in worker.run({"id": "job", "input": {**SMALL, "loras": [name]}}, run)
+    assert told == [(1, 2), (2, 2)]
 
 
 def test_scale_0_chooses_nothing(worker: Worker) -> None:
