@@ -127,23 +127,6 @@ def several(check: Check, limit: int) -> Check:
     return Check(list, problem)
 
 
-def sides(limit: int, step: int) -> Check:
-    """An object with a length in pixels for some of the sides left, top, right and bottom."""
-    names = ("left", "top", "right", "bottom")
-    length = whole(0, limit, step)
-
-    def problem(value: Any) -> str | None:
-        if not isinstance(value, dict):
-            return f"must be an object with {', '.join(names)} in pixels, not {shown(value)}"
-        unknown = [name for name in value if name not in names]
-        if unknown:
-            return f"may have {', '.join(names)}, not {shown(unknown[0])}"
-        wrong = {name: length(pixels) for name, pixels in value.items()}
-        return next((f"has a {name} that {sentence}" for name, sentence in wrong.items() if sentence), None)
-
-    return Check(dict, problem)
-
-
 def choice(names: tuple[str, ...]) -> Check:
     """One of the given strings."""
 

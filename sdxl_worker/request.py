@@ -15,8 +15,8 @@ from sdxl_worker.checks import (
     number,
     or_null,
     picture,
+    record,
     several,
-    sides,
     spelled,
     switch,
     text,
@@ -106,6 +106,9 @@ def _input(check: Check, default: Any = MISSING, read: Callable[[Any], Any] | No
     return field(default_factory=lambda: read(default), metadata=metadata)
 
 
+_EXTEND = record(dict.fromkeys(("left", "top", "right", "bottom"), whole(0, MAX_SIDE, SIDE_STEP)))
+
+
 def _none_if_empty(value: str | None) -> str | None:
     return value or None
 
@@ -176,7 +179,7 @@ class GenerationRequest:
     invert_mask: bool = _input(switch(), False)
     inpaint_full_res: bool = _input(switch(), False)
     inpaint_padding: int = _input(whole(0, MAX_INPAINT_PADDING), 32)
-    extend: Extend | None = _input(or_null(sides(MAX_SIDE, SIDE_STEP)), None, _extend_or_none)
+    extend: Extend | None = _input(or_null(_EXTEND), None, _extend_or_none)
     strength: float | None = _input(or_null(number(0, 1)), None, _float_or_none)
     hires: Hires | None = _input(or_null(hires_check(MAX_STEPS)), None, as_hires)
     refiner_inference_steps: int | None = _input(or_null(whole(0, 1000)), None)

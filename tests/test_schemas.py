@@ -440,11 +440,11 @@ def test_an_extension_does_not_go_with_the_full_resolution():
 @pytest.mark.parametrize(
     ("extend", "says"),
     [
-        ([8], "extend must be an object with left, top, right, bottom in pixels, not a list"),
-        ({"left": 8, "above": 8}, "extend may have left, top, right, bottom, not 'above'"),
-        ({"left": 12}, "extend has a left that must be a whole number from 0 to 2048 and a multiple of 8, not 12"),
-        ({"top": True}, "extend has a top that must be a whole number"),
-        ({"top": -8}, "extend has a top that must be a whole number"),
+        ([8], "extend must be an object with left, top, right, bottom, not a list"),
+        ({"left": 8, "above": 8}, "extend has the unknown key 'above'; known are left, top, right, bottom"),
+        ({"left": 12}, "extend.left must be a whole number from 0 to 2048 and a multiple of 8, not 12"),
+        ({"top": True}, "extend.top must be a whole number"),
+        ({"top": -8}, "extend.top must be a whole number"),
     ],
 )
 def test_an_extension_is_in_whole_latents(extend, says):
