@@ -23,10 +23,11 @@ from sdxl_worker.logs import current_job
 from sdxl_worker.lora.engine import AppliedLora, LoraEngine, ParsedLora
 from sdxl_worker.lora.ready import make_ready
 from sdxl_worker.lora.schedule import LoraSchedule
-from sdxl_worker.lora_entries import parse_lora_entries
 from sdxl_worker.memory import free_memory
 from sdxl_worker.prompts.lora_tags import with_lora_tags
 from sdxl_worker.request import GenerationRequest, LoraScale
+from sdxl_worker.request.lora_entries import parse_lora_entries
+from sdxl_worker.request.validation import validate_request
 from sdxl_worker.resident import Resident
 from sdxl_worker.serving.answers import answer_limit, check_size, json_size, sendable
 from sdxl_worker.serving.delivery import deliver
@@ -37,7 +38,6 @@ from sdxl_worker.serving.progress import BarProgress, RunPodProgress, preview_jp
 from sdxl_worker.serving.turns import Turns
 from sdxl_worker.serving.upload import bucket_is_configured
 from sdxl_worker.settings import Settings
-from sdxl_worker.validation import validate_request
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline

@@ -187,7 +187,7 @@ def test_a_single_file_is_fetched_by_the_files_copied_before_it(tmp_path: Path) 
 
 def test_an_edit_that_does_not_concern_the_download_does_not_repeat_it() -> None:
     first = [source for source, _ in copies(before="download_weights.py")]
-    later = ("worker.py", "request.py", "schedulers.py", "serving", "lora", "prompts", "generate/render.py")
+    later = ("worker.py", "request", "schedulers.py", "serving", "lora", "prompts", "generate/render.py")
     for name in later:
         path = PurePosixPath("sdxl_worker") / name
         assert (ROOT / path).exists(), name

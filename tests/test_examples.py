@@ -15,9 +15,9 @@ from sdxl_worker.assets.sources import parse_reference
 from sdxl_worker.few_step import recognised
 from sdxl_worker.generate.refiner import load_refiner
 from sdxl_worker.kinds import EMBEDDING, LORA
+from sdxl_worker.request.validation import validate_request
 from sdxl_worker.settings import Settings
 from sdxl_worker.topology import EXAMPLE_LORA, write_example_lora
-from sdxl_worker.validation import validate_request
 from sdxl_worker.worker import Worker
 from tests.support import http_server as on
 from tests.support.embedding_files import save_embedding, vectors

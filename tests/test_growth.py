@@ -37,7 +37,13 @@ SCHEDULER = (
     """,
 )
 FIELD = (
-    [Edit("sdxl_worker/request.py", "    clip_skip: int = _input(whole(0, 12), 0)\n", "    loras_requested: bool")],
+    [
+        Edit(
+            "sdxl_worker/request/fields.py",
+            "    clip_skip: int = _input(whole(0, 12), 0)\n",
+            "    loras_requested: bool",
+        )
+    ],
     """
     from schemas import INPUT_SCHEMA, validate_request
     assert INPUT_SCHEMA["clip_skip"]["default"] == 0

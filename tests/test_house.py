@@ -29,10 +29,8 @@ PACKAGE = "sdxl_worker"
 # From the bottom up. A module may import from its own layer and from those before it.
 LAYERS: tuple[tuple[str, ...], ...] = (
     (
-        *("text", "background", "masking", "data_uris", "checks", "errors", "settings", "schedulers", "logs"),
-        *("sampler_names", "few_step", "sampling", "refinement", "work"),
-        *("request_values", "entries", "lora_entries", "embedding_entries", "prediction_marks", "request"),
-        *("picture_rules", "second_pass", "validation"),
+        *("text", "background", "masking", "data_uris", "checks", "errors", "settings", "logs"),
+        *("schedulers", "few_step", "prediction_marks", "request"),
     ),
     ("job_run",),
     ("assets",),

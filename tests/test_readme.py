@@ -13,7 +13,7 @@ from safetensors.numpy import save
 
 import download_weights
 import schemas
-from sdxl_worker import kinds, request, work
+from sdxl_worker import kinds
 from sdxl_worker.assets.kind import Kind
 from sdxl_worker.assets.sources import parse_reference
 from sdxl_worker.assets.sources.civitai import CivitaiReference
@@ -22,10 +22,12 @@ from sdxl_worker.assets.sources.local import CachedReference
 from sdxl_worker.assets.sources.url import UrlReference
 from sdxl_worker.errors import AssetFileError, FetchError, WorkerError
 from sdxl_worker.few_step import FEW_STEP, recognised
-from sdxl_worker.lora_entries import parse_lora_entries
-from sdxl_worker.sampler_names import Named, find_scheduler
+from sdxl_worker.request import fields as request
+from sdxl_worker.request import work
+from sdxl_worker.request.lora_entries import parse_lora_entries
+from sdxl_worker.request.sampler_names import Named, find_scheduler
+from sdxl_worker.request.second_pass import MAX_FINAL_PIXELS, Hires
 from sdxl_worker.schedulers import SCHEDULERS, schedule_names, scheduler_names
-from sdxl_worker.second_pass import MAX_FINAL_PIXELS, Hires
 from sdxl_worker.settings import Settings
 from tests.support.readme import README, ROOT, readme_table, unquoted
 

@@ -22,10 +22,10 @@ from sdxl_worker.errors import ModelUnavailable, RestoreFailed
 from sdxl_worker.generate.render import render
 from sdxl_worker.job_run import Denoising, ProgressEvent
 from sdxl_worker.lora.engine import LoraEngine
+from sdxl_worker.request.validation import validate_request
 from sdxl_worker.serving.mode import Mode
 from sdxl_worker.settings import Settings
 from sdxl_worker.topology import EXAMPLE_LORA, write_example_lora
-from sdxl_worker.validation import validate_request
 from sdxl_worker.worker import Worker
 
 SMALL = {"prompt": "a lighthouse", "width": 64, "height": 64, "num_inference_steps": 2, "seed": 5}

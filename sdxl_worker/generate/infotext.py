@@ -20,8 +20,8 @@ from urllib.parse import urlsplit
 
 from sdxl_worker.lora.used import UsedLora, safe_name
 from sdxl_worker.prompts.embeddings import Embedding
-from sdxl_worker.refinement import refinement_of
 from sdxl_worker.request import DEFAULT_CLIP_SKIP, GenerationRequest
+from sdxl_worker.request.refinement import refinement_of
 from sdxl_worker.schedulers import SCHEDULERS, SCHEDULES
 
 

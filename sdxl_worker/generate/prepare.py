@@ -18,7 +18,7 @@ from sdxl_worker.lora.ready import ReadyLora, make_ready
 from sdxl_worker.prompts.embeddings import Embedding, PromptEmbeddings
 from sdxl_worker.prompts.ready import make_ready as make_embeddings_ready
 from sdxl_worker.prompts.vectors import widths_of
-from sdxl_worker.refinement import refinement_of
+from sdxl_worker.request.refinement import refinement_of
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline

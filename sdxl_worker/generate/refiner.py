@@ -23,8 +23,8 @@ from sdxl_worker.generate.model_hash import start_hashing
 from sdxl_worker.generate.modes import Inputs, Pass, fitted
 from sdxl_worker.generate.tiny_refiner import build_refiner
 from sdxl_worker.lora.merge import ACTIVATION_RESERVE
-from sdxl_worker.refinement import Refinement, refinement_of
 from sdxl_worker.request import GenerationRequest
+from sdxl_worker.request.refinement import Refinement, refinement_of
 from sdxl_worker.settings import Settings
 
 if TYPE_CHECKING:

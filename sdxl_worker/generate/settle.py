@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from sdxl_worker.errors import InvalidRequest
 from sdxl_worker.few_step import NO_GUIDANCE, FewStep
-from sdxl_worker.refinement import refinement_of
 from sdxl_worker.request import FIELDS
-from sdxl_worker.sampling import sampling_problems, sampling_warnings
+from sdxl_worker.request.refinement import refinement_of
+from sdxl_worker.request.sampling import sampling_problems, sampling_warnings
+from sdxl_worker.request.validation import combined_problems
 from sdxl_worker.schedulers import AUTOMATIC, SCHEDULERS, SCHEDULES
-from sdxl_worker.validation import combined_problems
 
 if TYPE_CHECKING:
     from sdxl_worker.lora.ready import ReadyLora

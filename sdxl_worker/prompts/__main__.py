@@ -17,8 +17,8 @@ from sdxl_worker.prompts.inspect import inspection
 from sdxl_worker.prompts.notes import notes_on
 from sdxl_worker.prompts.vectors import ENCODERS
 from sdxl_worker.request import EMPHASIS_RULES
+from sdxl_worker.request.validation import validate_request
 from sdxl_worker.settings import PROMPT_SYNTAXES, Settings
-from sdxl_worker.validation import validate_request
 
 SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
 

@@ -11,11 +11,11 @@ import dataclasses
 import re
 
 from sdxl_worker.errors import InvalidRequest
-from sdxl_worker.lora_entries import parse_lora_entries
 from sdxl_worker.masking import mask
 from sdxl_worker.prompts.parse import Tag, parse
 from sdxl_worker.prompts.reading import NEGATIVE, syntax_of, texts_of
 from sdxl_worker.request import MAX_LORAS, GenerationRequest, LoraSpec
+from sdxl_worker.request.lora_entries import parse_lora_entries
 
 _NUMBER = re.compile(
     r"\s*(?:(te|unet|start|end)\s*=\s*)?([+-]?(?:\d{1,30}(?:\.\d{0,30})?|\.\d{1,30})(?:[eE][+-]?\d{1,3})?)\s*"

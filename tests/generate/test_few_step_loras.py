@@ -20,8 +20,8 @@ from safetensors.torch import save
 from sdxl_worker.assets.sources import hub
 from sdxl_worker.job_run import Denoising, JobRun, NoProgress, ProgressEvent
 from sdxl_worker.lora.engine import LoraEngine
+from sdxl_worker.request.validation import validate_request
 from sdxl_worker.settings import Settings
-from sdxl_worker.validation import validate_request
 from sdxl_worker.worker import Worker
 from tests.support.http_server import FileServer, redirect, whole
 from tests.support.hub_server import Hub, Repo

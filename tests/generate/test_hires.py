@@ -16,7 +16,7 @@ from sdxl_worker.generate import render as render_module
 from sdxl_worker.generate import tiled_vae, vae
 from sdxl_worker.generate.render import render
 from sdxl_worker.request import GenerationRequest, LoraScale
-from sdxl_worker.second_pass import Hires
+from sdxl_worker.request.second_pass import Hires
 from sdxl_worker.topology import write_example_lora
 from tests.support.lora_files import weight_hash
 from tests.support.pictures import farthest, image_to_image, same

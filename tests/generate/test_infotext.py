@@ -108,7 +108,7 @@ def test_how_prompts_were_read_is_there_where_it_is_not_the_usual_way():
 
 def test_hires_has_a1111s_names():
     """As A1111 1.10 writes them; `Size` is that of its first pass too."""
-    from sdxl_worker.second_pass import Hires
+    from sdxl_worker.request.second_pass import Hires
 
     request = GenerationRequest("a", seed=7, hires=Hires(1.5, 20, 0.45, "lanczos"))
     assert infotext(request, 0, "model").endswith(

@@ -14,8 +14,8 @@ from sdxl_worker.generate import render as render_module
 from sdxl_worker.generate.inpaint import made_ready
 from sdxl_worker.generate.render import render
 from sdxl_worker.request import GenerationRequest
+from sdxl_worker.request.second_pass import Hires
 from sdxl_worker.schedulers import SCHEDULERS
-from sdxl_worker.second_pass import Hires
 from tests.support.pictures import farthest, same
 
 # scheduler/scheduler_config.json of stabilityai/stable-diffusion-xl-base-1.0.

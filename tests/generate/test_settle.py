@@ -11,7 +11,7 @@ from sdxl_worker.errors import InvalidRequest
 from sdxl_worker.few_step import named
 from sdxl_worker.generate.settle import Settled, settle
 from sdxl_worker.request import LoraScale, LoraSpec
-from sdxl_worker.validation import validate_request
+from sdxl_worker.request.validation import validate_request
 
 LIGHTNING, LCM, TCD, DMD2 = "SDXL-Lightning, 4 steps", "LCM-LoRA", "TCD-LoRA", "DMD2"
 

@@ -16,7 +16,7 @@ from PIL import Image
 from sdxl_worker.generate.render import render
 from sdxl_worker.lora.engine import LoraEngine
 from sdxl_worker.request import LoraScale
-from sdxl_worker.validation import validate_request
+from sdxl_worker.request.validation import validate_request
 from tests.integration.conftest import ENDLESS, SMALL, Workers
 from tests.integration.queue_server import QueueServer
 from tests.integration.worker_process import WorkerProcess

@@ -13,8 +13,8 @@ from PIL import Image
 from sdxl_worker.generate.render import render
 from sdxl_worker.job_run import Denoising
 from sdxl_worker.request import LoraScale
+from sdxl_worker.request.validation import validate_request
 from sdxl_worker.settings import Settings
-from sdxl_worker.validation import validate_request
 from sdxl_worker.worker import Worker
 from tests.support.lora_files import kohya, lora, save, weight_hash
 from tests.support.pictures import same

@@ -26,8 +26,8 @@ from sdxl_worker.lora.engine import LoraEngine
 from sdxl_worker.lora.ready import make_ready
 from sdxl_worker.lora.schedule import LoraSchedule
 from sdxl_worker.request import LoraScale, LoraSpan
+from sdxl_worker.request.validation import validate_request
 from sdxl_worker.settings import Settings
-from sdxl_worker.validation import validate_request
 from sdxl_worker.worker import Worker
 from tests.support.lora_files import Tensors, kohya, lora, save, weight_hash, whole_unet
 from tests.support.pictures import by_diffusers, farthest, image_to_image, same

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from sdxl_worker.errors import InvalidRequest
-from sdxl_worker.refinement import Refinement, refinement_of
 from sdxl_worker.request import GenerationRequest
-from sdxl_worker.validation import validate_request
+from sdxl_worker.request.refinement import Refinement, refinement_of
+from sdxl_worker.request.validation import validate_request
 
 PICTURE = {"image_url": "https://a/b.png"}
 NO_REFINER = "has no effect: this worker has no refiner"

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from sdxl_worker.errors import InvalidRequest
-from sdxl_worker.second_pass import Hires
-from sdxl_worker.validation import validate_request
+from sdxl_worker.request.second_pass import Hires
+from sdxl_worker.request.validation import validate_request
 
 
 def hires(value: Any, **fields: Any) -> Any:

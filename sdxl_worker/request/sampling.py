@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sdxl_worker.sampler_names import find_schedule, find_scheduler
+from sdxl_worker.request.sampler_names import find_schedule, find_scheduler
 from sdxl_worker.schedulers import AUTOMATIC, SCHEDULERS, SCHEDULES
 from sdxl_worker.text import shown
 

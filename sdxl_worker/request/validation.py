@@ -6,15 +6,15 @@ from collections.abc import Collection, Mapping
 from itertools import islice
 from typing import Any
 
-from sdxl_worker import picture_rules, work
 from sdxl_worker.data_uris import is_data_uri
-from sdxl_worker.embedding_entries import parse_embedding_entries
 from sdxl_worker.errors import InvalidRequest
-from sdxl_worker.lora_entries import parse_lora_entries
-from sdxl_worker.refinement import plan, refiner_problems, unused
-from sdxl_worker.request import FIELDS, PER_PICTURE, PICTURE_FIELDS, GenerationRequest
-from sdxl_worker.sampling import resolve, sampling_problems, sampling_warnings
-from sdxl_worker.second_pass import hires_problems
+from sdxl_worker.request import picture_rules, work
+from sdxl_worker.request.embedding_entries import parse_embedding_entries
+from sdxl_worker.request.fields import FIELDS, PER_PICTURE, PICTURE_FIELDS, GenerationRequest
+from sdxl_worker.request.lora_entries import parse_lora_entries
+from sdxl_worker.request.refinement import plan, refiner_problems, unused
+from sdxl_worker.request.sampling import resolve, sampling_problems, sampling_warnings
+from sdxl_worker.request.second_pass import hires_problems
 from sdxl_worker.text import shown
 
 # Every field has its own, smaller bound: this one is for what is not a field.

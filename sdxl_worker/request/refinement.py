@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sdxl_worker import picture_rules
-from sdxl_worker.request import MAX_STEPS, GenerationRequest
-from sdxl_worker.request_values import default_strength
-from sdxl_worker.sampling import sampling_problems
+from sdxl_worker.request import picture_rules
+from sdxl_worker.request.fields import MAX_STEPS, GenerationRequest
+from sdxl_worker.request.sampling import sampling_problems
+from sdxl_worker.request.values import default_strength
 
 FIELDS = ("refiner_inference_steps", "high_noise_frac")
 

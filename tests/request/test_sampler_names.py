@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sdxl_worker.sampler_names import find_schedule, find_scheduler
+from sdxl_worker.request.sampler_names import find_schedule, find_scheduler
 from sdxl_worker.schedulers import SCHEDULERS, SCHEDULES
 
 # AUTOMATIC1111's and Forge's names, ComfyUI's, and diffusers' classes.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any, TypeVar
 
-from sdxl_worker.request import REFERENCE_KEYS
+from sdxl_worker.request.fields import REFERENCE_KEYS
 
 T = TypeVar("T")
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sdxl_worker.refinement import FIELDS as REFINER_FIELDS
-from sdxl_worker.refinement import Refinement
+from sdxl_worker.request.refinement import FIELDS as REFINER_FIELDS
+from sdxl_worker.request.refinement import Refinement
+from sdxl_worker.request.second_pass import as_hires
 from sdxl_worker.schedulers import SCHEDULERS
-from sdxl_worker.second_pass import as_hires
 
 # The fields that it depends on.
 FIELDS = frozenset(

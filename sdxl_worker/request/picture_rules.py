@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from sdxl_worker.request import MAX_SIDE, PICTURE_FIELDS
-from sdxl_worker.request_values import Extend, default_strength
+from sdxl_worker.request.fields import MAX_SIDE, PICTURE_FIELDS
+from sdxl_worker.request.values import Extend, default_strength
 
 # What is of no use without another field, by that field's name.
 _NEEDED = {

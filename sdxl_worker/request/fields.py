@@ -22,15 +22,15 @@ from sdxl_worker.checks import (
     text,
     whole,
 )
-from sdxl_worker.request_values import EmbeddingSpec as EmbeddingSpec
-from sdxl_worker.request_values import Extend as Extend
-from sdxl_worker.request_values import LoraScale as LoraScale
-from sdxl_worker.request_values import LoraSpan as LoraSpan
-from sdxl_worker.request_values import LoraSpec as LoraSpec
-from sdxl_worker.request_values import default_strength
-from sdxl_worker.sampler_names import find_schedule, find_scheduler
+from sdxl_worker.request.sampler_names import find_schedule, find_scheduler
+from sdxl_worker.request.second_pass import Hires, as_hires, hires_check
+from sdxl_worker.request.values import EmbeddingSpec as EmbeddingSpec
+from sdxl_worker.request.values import Extend as Extend
+from sdxl_worker.request.values import LoraScale as LoraScale
+from sdxl_worker.request.values import LoraSpan as LoraSpan
+from sdxl_worker.request.values import LoraSpec as LoraSpec
+from sdxl_worker.request.values import default_strength
 from sdxl_worker.schedulers import AUTOMATIC, schedule_names, scheduler_names
-from sdxl_worker.second_pass import Hires, as_hires, hires_check
 from sdxl_worker.settings import PROMPT_SYNTAXES
 from sdxl_worker.text import is_unicode, shown
 
