@@ -252,7 +252,7 @@ def test_the_copied_modules_answer_with_the_fields_of_the_readme(image: Path, tm
     assert all(Path(path).is_relative_to(image) for path in places)
     assert untouched, "importing does no work"
     fields = [unquoted(row["Field"]) for row in readme_table("Answer", "Field")]
-    assert list(answer) == [name for name in fields if name not in ("seeds", "used_embeddings", "warnings")]
+    assert list(answer) == [name for name in fields if name not in ("seeds", "settings", "used_embeddings", "warnings")]
     (lora,) = answer["loras"]
     named = [unquoted(row["In `loras`"]) for row in readme_table("Answer", "In `loras`")]
     assert list(lora) == [name for name in named if name not in ("start`, `end", "trigger_words")]
