@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 import tempfile
@@ -31,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     minutes = (time.monotonic() - start) / 60
     sys.stdout.write(_table(report, minutes))
     if options.json:
-        found = {**dataclasses.asdict(report), "minutes": round(minutes, 1)}
+        found = {**vars(report), "minutes": round(minutes, 1)}
         options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     return 1 if report.broken else 0
 
@@ -43,7 +42,7 @@ def _table(report: Report, minutes: float) -> str:
         f"seed {report.seed}: {report.jobs} jobs in {minutes:.1f} minutes, {report.repeats} answers held against the "
         f"first of their kind, {len(report.broken)} rules broken",
         f"outcomes: {outcomes}",
-        f"memory after each round in MB: {memory}; {report.growth_mb:+.1f} after the first",
+        f"memory after each round in MB: {memory}; at most {report.growth_mb:+.1f} after the first",
         *report.broken,
     ]
     return "\n".join(lines) + "\n"

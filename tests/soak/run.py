@@ -17,8 +17,8 @@ from tests.soak.kinds import Kind, kinds
 from tests.soak.worker import FIRST, LAST
 from tests.support.http_server import FileServer
 
-# The allocator keeps some of what a round took at its peak.
-GROWTH_LIMIT_MB = 48.0
+# The allocator keeps some of what a round took at its peak: up to 39 MB more after the second one were seen.
+GROWTH_LIMIT_MB = 64.0
 SCRIPT = "import sys; from tests.soak.worker import main; sys.exit(main())"
 
 
@@ -35,8 +35,8 @@ class Report:
 
     @property
     def growth_mb(self) -> float:
-        """How much the worker's memory grew after the first round."""
-        return self.memory_mb[-1] - self.memory_mb[0]
+        """How much more memory than after the first round the worker had after any other."""
+        return max(self.memory_mb[1:], default=self.memory_mb[0]) - self.memory_mb[0]
 
 
 def rounds_of(every: list[Kind], jobs: int, random: Random) -> list[list[Kind]]:
