@@ -40,9 +40,13 @@ class Report:
 
 
 def rounds_of(every: list[Kind], jobs: int, random: Random) -> list[list[Kind]]:
-    """`jobs` jobs in rounds that each hold the same kinds in another order; fewer kinds where it would be one round."""
+    """`jobs` jobs in rounds that each hold the same kinds in another order.
+
+    Fewer kinds where it would be one round: those at equal distances, so that some of every mode are among them.
+    """
     size = min(len(every), max(1, jobs // 2))
-    chosen = random.sample(every, size)
+    start = random.randrange(len(every))
+    chosen = [every[(start + index * len(every) // size) % len(every)] for index in range(size)]
     rounds = []
     for start in range(0, jobs, size):
         order = random.sample(chosen, size)[: jobs - start]

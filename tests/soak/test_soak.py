@@ -16,7 +16,7 @@ def test_a_short_soak(tmp_path: Path) -> None:
     assert report.broken == []
     assert report.jobs == JOBS
     assert report.repeats > JOBS // 4
-    assert len(report.outcomes) > 3
+    assert {"drawn", "stopped", "INVALID_INPUT"} < set(report.outcomes)
 
 
 def test_every_round_has_the_same_kinds() -> None:
