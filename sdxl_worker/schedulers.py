@@ -181,8 +181,10 @@ _ALL = (
     # With Beta its error grows without bound in few steps.
     Scheduler("SA-Solver", "SASolverScheduler", "SA-Solver", schedules=("karras", "exponential", *_SPACINGS)),
     # Both choose among the 50 timesteps that they were distilled for.
-    Scheduler("LCM", "LCMScheduler", "LCM", max_steps=50, schedules=(), zero_snr=True, timesteps=True),
-    Scheduler("TCD", "TCDScheduler", "TCD", max_steps=50, schedules=(), zero_snr=True, timesteps=True, eta=0.3),
+    Scheduler("LCM", "LCMScheduler", "LCM", _UNCLIPPED, max_steps=50, schedules=(), zero_snr=True, timesteps=True),
+    Scheduler(
+        "TCD", "TCDScheduler", "TCD", _UNCLIPPED, max_steps=50, schedules=(), zero_snr=True, timesteps=True, eta=0.3
+    ),
 )
 
 # In the order of the documentation.

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 # What a checkpoint's config may ask for, and another schedule has to leave out.
 _OWN_LEVELS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+# What a checkpoint's config says of the solver that its author draws with, and of no other: by these names another
+# class means something else, or raises (dreamshaper-xl has DEIS, which DPMSolverMultistep takes for its own algorithm).
+_OF_ONE_SOLVER = frozenset({"algorithm_type", "solver_order", "solver_type", "lower_order_final", "variance_type"})
 
 
 @contextlib.contextmanager
@@ -52,6 +55,7 @@ def make_scheduler(
 ) -> SchedulerMixin:
     """A fresh scheduler of the given names, from the resident model's scheduler config.
 
+    Of the config counts what it says of the model and its noise levels: a name means one solver on every checkpoint.
     `own_levels`: automatic means Karras where the config asks for it, and the like; a list of timesteps is for none.
     Fresh for each request: a scheduler carries the step index and, for multistep solvers, past model outputs.
     Raises KeyError for an unknown name.
@@ -63,7 +67,8 @@ def make_scheduler(
     options = {**_schedule_options(schedule_type, own_levels), **scheduler.options}
     taken = inspect.signature(scheduler_class).parameters
     return scheduler_class.from_config(
-        dict(config), **{option: value for option, value in options.items() if option in taken}
+        {option: value for option, value in config.items() if option not in _OF_ONE_SOLVER},
+        **{option: value for option, value in options.items() if option in taken},
     )
 
 

@@ -221,6 +221,31 @@ def test_a_checkpoint_that_leaves_out_what_sdxl_ships_is_drawn_alike(name: str, 
     assert farthest(picture, stock(pipeline, name)) <= 1
 
 
+# What a folder may say beside what SDXL ships: of the solver that its author draws with.
+OTHER_SOLVERS: dict[str, dict[str, Any]] = {
+    # As in Lykon/dreamshaper-xl-1-0.
+    "DEISMultistepScheduler": {"algorithm_type": "deis", "solver_order": 2, "solver_type": "logrho"},
+    "DPMSolverMultistepScheduler": {
+        "algorithm_type": "sde-dpmsolver++",
+        "solver_order": 3,
+        "solver_type": "heun",
+        "lower_order_final": False,
+    },
+    "SASolverScheduler": {"algorithm_type": "data_prediction"},
+    "DDIMScheduler": {"clip_sample": True},
+}
+
+
+@pytest.mark.parametrize("solver", OTHER_SOLVERS)
+@pytest.mark.parametrize("name", STOCK)
+def test_a_checkpoint_that_is_drawn_with_another_solver_is_drawn_alike(name: str, solver: str, pipeline, monkeypatch):
+    scheduler_class = getattr(diffusers, solver)
+    resident = scheduler_class.from_config({**SHIPPED, **OTHER_SOLVERS[solver], "_class_name": solver})
+    monkeypatch.setattr(pipeline, "scheduler", resident)
+    (picture,) = render(pipeline, replace(REQUEST, scheduler=name))
+    assert farthest(picture, stock(pipeline, name)) <= 1
+
+
 def test_noise_of_one_batch_does_not_depend_on_the_others(pipeline, monkeypatch):
     monkeypatch.setattr(render_module, "MAX_BATCH_PIXELS", 64 * 64)
     request = replace(REQUEST, scheduler="DPM++ SDE", num_images=2)
