@@ -404,6 +404,11 @@ def test_what_a_mask_needs():
     )
 
 
+def test_a_form_that_sends_every_field_hears_nothing_of_masks():
+    untouched = {"mask_blur": 4, "invert_mask": False, "inpaint_full_res": False, "inpaint_padding": 32}
+    assert validate_request({**GOOD, **untouched, "mask_url": "", "extend": {}}).warnings == ()
+
+
 @pytest.mark.parametrize(
     ("fields", "strength"),
     [

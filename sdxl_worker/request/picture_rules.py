@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from sdxl_worker.request.fields import MAX_SIDE, PICTURE_FIELDS
+from sdxl_worker.request.fields import FIELDS, MAX_SIDE, PICTURE_FIELDS
 from sdxl_worker.request.values import Extend, default_strength
 
 # What is of no use without another field, by that field's name.
@@ -63,14 +63,18 @@ def problems(values: Mapping[str, Any], bad: Collection[str], *, by_base_model: 
 
 
 def ignored(values: Mapping[str, Any], raw: Mapping[str, Any], *, strength_counts: bool = False) -> list[str]:
-    """A sentence for each field that was given and has no effect; `strength_counts` without a picture too."""
+    """A sentence for each field that was given and has no effect; `strength_counts` without a picture too.
+
+    One that says what it is anyway, as forms do that send every field, asks for nothing.
+    """
     there = {name: bool(_given_of(values, name)) for name in PICTURE_FIELDS}
     there["inpaint_full_res"] = values["inpaint_full_res"]
+    asked = {name: raw.get(name, field.default) != field.default for name, field in FIELDS.items()}
     has_effect = there["image_url"] or strength_counts or raw.get("strength") is None
     found = [] if has_effect else ["strength has no effect without image_url"]
     for needed, names in _NEEDED.items():
-        found += [f"{name} has no effect without {needed}" for name in names if name in raw and not there[needed]]
-    if "mask_blur" in raw and not there["mask_url"] and not _extend(values):
+        found += [f"{name} has no effect without {needed}" for name in names if asked[name] and not there[needed]]
+    if asked["mask_blur"] and not there["mask_url"] and not _extend(values):
         found.append("mask_blur has no effect without mask_url or extend")
     return found
 
