@@ -18,6 +18,8 @@ Box = tuple[int, int, int, int]
 
 # The answer of inpaint_full_res is as large as the picture, and a request may want several.
 MAX_FULL_RES_PIXELS = 2**24
+# What lies around a mask is cut out in the request's shape, of which the picture may hold a thin strip.
+MAX_CROP_PIXELS = 2**26
 # A JPEG's black and white differ from 0 and 255 by about as much.
 _BLACK, _WHITE = 16, 239
 # Half of white: from here on diffusers redraws a pixel.
@@ -50,6 +52,8 @@ def made_ready(request: GenerationRequest, pictures: Mapping[str, Image.Image]) 
         image, mask = _beyond(image, request.extend), _mask_beyond(mask, request.extend)
     mask = mask.filter(ImageFilter.GaussianBlur(request.mask_blur))
     ready = {"image_url": image, "mask_url": mask}
+    if request.inpaint_full_res:
+        _check_box(request, mask)
     # As diffusers takes them: one pixel for each latent.
     if not (np.asarray(arguments(request, ready)["mask_image"])[::8, ::8] >= _REDRAWN).any():
         field = request.pictures.get("mask_url", ("mask_url", ""))[0]
@@ -120,6 +124,15 @@ def _check_size(request: GenerationRequest, image: Image.Image) -> None:
         raise InvalidRequest(
             f"{field} leads to a picture of more than {MAX_FULL_RES_PIXELS} pixels, and with inpaint_full_res the "
             "answer is as large"
+        )
+
+
+def _check_box(request: GenerationRequest, mask: Image.Image) -> None:
+    left, top, right, bottom = crop_box(mask, request.inpaint_padding, (request.width, request.height))
+    if (right - left) * (bottom - top) > MAX_CROP_PIXELS:
+        raise InvalidRequest(
+            f"inpaint_full_res would cut out {right - left} x {bottom - top} pixels around the mask, and at most "
+            f"{MAX_CROP_PIXELS} are possible: give width and height more of the mask's shape"
         )
 
 

@@ -295,6 +295,13 @@ def test_the_full_size_has_a_bound():
     assert made_ready(REQUEST, {"image_url": large, "mask_url": MASK})["image_url"].size == (64, 64)
 
 
+def test_what_is_cut_out_in_the_request_s_shape_has_a_bound():
+    """A wide mask in a high request: 16384 x 524288 pixels would take 24 GB."""
+    wide = {"image_url": Image.new("RGB", (16384, 8)), "mask_url": Image.new("L", (16384, 8), 255)}
+    with pytest.raises(InvalidRequest, match=r"^inpaint_full_res would cut out 16384 x 524288 pixels around the mask"):
+        made_ready(replace(FULL_RES, width=64, height=2048), wide)
+
+
 # The picture is 64 x 64; what the request says of the answer's size has the extension in it.
 EXTENDED = replace(REQUEST, mask_url=None, width=96, height=80, extend=Extend(left=32, bottom=16))
 
