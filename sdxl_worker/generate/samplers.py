@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from sdxl_worker.request import GenerationRequest
 
 # What a checkpoint's config may ask for, and another schedule has to leave out.
-_OWN_LEVELS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+_OWN_LEVELS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 # What a checkpoint's config says of the solver that its author draws with, and of no other: by these names another
 # class means something else, or raises (dreamshaper-xl has DEIS, which DPMSolverMultistep takes for its own algorithm).
 _OF_ONE_SOLVER = frozenset({"algorithm_type", "solver_order", "solver_type", "lower_order_final", "variance_type"})

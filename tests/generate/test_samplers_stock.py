@@ -212,6 +212,16 @@ def test_a_checkpoint_s_own_levels_give_way(pipeline, monkeypatch):
     assert farthest(picture, stock(pipeline, "K_EULER", timesteps=[999, 749, 499, 249])) <= 1
 
 
+def test_lu_s_levels_give_way_too(pipeline, monkeypatch):
+    resident = diffusers.DPMSolverMultistepScheduler.from_config(SHIPPED, use_lu_lambdas=True)
+    monkeypatch.setattr(pipeline, "scheduler", resident)
+    request = replace(REQUEST, scheduler="DPMSolverMultistep")
+    (picture,) = render(pipeline, replace(request, schedule_type="sgm_uniform"))
+    assert farthest(picture, stock(pipeline, "DPMSolverMultistep", SCHEDULES["sgm_uniform"])) <= 1
+    (picture,) = render(pipeline, replace(request, timesteps=(999, 749, 499, 249)))
+    assert farthest(picture, stock(pipeline, "DPMSolverMultistep", timesteps=[999, 749, 499, 249])) <= 1
+
+
 @pytest.mark.parametrize("name", ["PNDM", "DDIM", "DDPM", "Heun"])
 def test_a_checkpoint_that_leaves_out_what_sdxl_ships_is_drawn_alike(name: str, pipeline, monkeypatch):
     """Without these keys PNDM would begin with Runge-Kutta steps, and the others clip the latents."""
