@@ -52,6 +52,13 @@ def problems(values: Mapping[str, Any], bad: Collection[str], *, by_base_model: 
         found += [f"{name} needs image_url, the picture that it is for" for name in (*given["mask_url"], *extend)]
     if extend and values["inpaint_full_res"]:
         found.append("extend and inpaint_full_res do not go together: inpaint in a second request")
+    if values["hires"] is not None and "hires" not in bad:
+        found += [
+            f"hires and {name} do not go together: its second pass draws the whole picture"
+            for name in (*given["mask_url"], *extend)
+        ]
+        if image and values["strength"] == 0:
+            found.append(f"strength must be above 0 with {image[0]} and hires, whose first pass it is")
     if extend and not {"width", "height"} & set(bad):
         too_long = [side for side in ("width", "height") if values[side] > MAX_SIDE]
         found += [f"{side} with extend is {values[side]} and must be at most {MAX_SIDE}" for side in too_long]

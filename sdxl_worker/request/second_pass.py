@@ -83,9 +83,4 @@ def hires_problems(values: Mapping[str, Any], bad: Collection[str]) -> list[str]
             problems.append(
                 f"hires.steps / hires.strength is {steps} and must be from {least} to {most} with {scheduler.name}"
             )
-    masks = [name for name in ("mask_url", "mask", "extend") if values[name]]
-    problems += [f"hires and {name} do not go together: its second pass draws the whole picture" for name in masks]
-    pictures = [name for name in ("image_url", "image") if values[name]]
-    if pictures and values["strength"] == 0:
-        problems.append(f"strength must be above 0 with {pictures[0]} and hires, whose first pass it is")
     return problems

@@ -115,6 +115,7 @@ def test_the_first_pass_has_to_draw():
         problem({}, **start, strength=0) == "strength must be above 0 with image_url and hires, whose first pass it is"
     )
     assert hires({"steps": 3}, **start, strength=0.5).hires.steps == 3
+    assert hires({"steps": 3}, **start, strength=0.5, extend={"left": 0}).extend is None
 
 
 def test_the_limit_on_work_counts_both_passes():
