@@ -82,7 +82,7 @@ def _chosen(request: GenerationRequest, kind: FewStep) -> dict[str, Any]:
     tries = [_fitting(request, wanted) for wanted in (left_out, without_scheduler)]
     values = {**_values_of(request), **request.values}
     chosen = next((one for one in tries if not sampling_problems({**values, **one})), tries[1])
-    if "num_inference_steps" not in chosen or not (request.values and request.starts_from_picture):
+    if "num_inference_steps" not in chosen or not request.values:
         return chosen
     return next((one for one in _with_more_steps(chosen) if not combined_problems({**values, **one})), chosen)
 
@@ -104,7 +104,9 @@ def _fitting(request: GenerationRequest, wanted: Mapping[str, Any]) -> dict[str,
 
 
 def _with_more_steps(chosen: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """`chosen`, then with more and more steps: few of them may leave none to image-to-image at a low strength."""
+    """`chosen`, then with more and more steps: few may be less than the sampler or the schedule needs, or leave none to
+    image-to-image at a low strength.
+    """
     yield dict(chosen)
     for steps in range(chosen["num_inference_steps"] + 1, FIELDS["num_inference_steps"].default + 1):
         more = {name: value for name, value in chosen.items() if name != "timesteps"}

@@ -111,6 +111,11 @@ def test_a_schedule_that_only_the_chosen_sampler_has() -> None:
         settled("", schedule_type="karras")
 
 
+@pytest.mark.parametrize("given", [{"scheduler": "PNDM"}, {"scheduler": "Euler Karras"}, {"schedule_type": "normal"}])
+def test_a_sampler_or_schedule_that_needs_more_steps_gets_them(given: dict[str, Any]) -> None:
+    assert settled("Hyper-SD, 1 step", **given).request.num_inference_steps == 2
+
+
 def test_a_lora_without_effect_on_the_unet_chooses_nothing() -> None:
     request = validate_request({"prompt": "a", "loras": ["x"]})
     for unet in (0.0, -1.0):
