@@ -85,7 +85,15 @@ def refiner_problems(values: Mapping[str, Any], refinement: Refinement | None) -
     ]
     if refinement.strength is not None and refinement.drawn_steps < 1:
         problems.append(f"{name} x strength must be at least 1 with the refiner")
+    # With the base model's own number of steps the levels meet, and nothing is left between them.
+    if name in FIELDS and refinement.strength is None and _share_left(steps, refinement) < 1:
+        problems.append(f"{name} x (1 - high_noise_frac) must be at least 1")
     return problems
+
+
+def _share_left(steps: int, refinement: Refinement) -> float:
+    # A product of 1 may come out a little below it: 10 x (1 - 0.9).
+    return round(steps * (1 - (refinement.switch_at or 0)), 6)
 
 
 def unused(values: Mapping[str, Any]) -> Iterator[str]:

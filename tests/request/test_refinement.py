@@ -96,6 +96,13 @@ def test_the_refiners_steps_have_the_samplers_limits() -> None:
     assert problem(refiner_inference_steps=3) == too_few
     assert problem(**PICTURE, refiner_inference_steps=3).startswith("refiner_inference_steps x strength")
     assert asked(**PICTURE, num_inference_steps=2, refiner_inference_steps=4).warnings == ()
+    # One step lies before the switch: noise that the base model left would stay in the picture.
+    assert problem(high_noise_frac=0.5, refiner_inference_steps=1) == (
+        "refiner_inference_steps x (1 - high_noise_frac) must be at least 1"
+    )
+    assert asked(high_noise_frac=0.5, refiner_inference_steps=2).warnings == ()
+    assert asked(high_noise_frac=0.9, refiner_inference_steps=10).warnings == ()
+    assert asked(high_noise_frac=0.95, num_inference_steps=8).warnings == ()
 
 
 @pytest.mark.parametrize(
