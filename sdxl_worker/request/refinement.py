@@ -51,8 +51,8 @@ def plan(values: Mapping[str, Any]) -> Refinement | None:
 
     RunPod's worker-sdxl calls base(denoising_end=high_noise_frac) and then
     refiner(num_inference_steps=refiner_inference_steps, strength=strength) on its latents; with a picture to start
-    from, the refiner alone. Where `strength` is left out beside high_noise_frac, nothing is noised twice: the refiner
-    gets denoising_start=high_noise_frac, as diffusers' documentation has it.
+    from, the refiner alone. Of high_noise_frac alone nothing is noised twice: the refiner gets
+    denoising_start=high_noise_frac and the base model's number of steps, as diffusers' documentation has it.
     """
     steps, share, strength = (values[name] for name in (*FIELDS, "strength"))
     if strength is None:
@@ -62,7 +62,7 @@ def plan(values: Mapping[str, Any]) -> Refinement | None:
     switch_at = float(share) if share is not None and 0 < share < 1 and not to_image else None
     if not values["refiner"] or picture_rules.is_inpainting(values) or values["hires"] or steps == 0:
         return None
-    goes_on = switch_at is not None and "strength" not in values["given"]
+    goes_on = switch_at is not None and steps is None and "strength" not in values["given"]
     if (steps is None and switch_at is None) or (not goes_on and strength == 0):
         return None
     return Refinement(steps or values["num_inference_steps"], switch_at, None if goes_on else strength, to_image)
@@ -85,15 +85,7 @@ def refiner_problems(values: Mapping[str, Any], refinement: Refinement | None) -
     ]
     if refinement.strength is not None and refinement.drawn_steps < 1:
         problems.append(f"{name} x strength must be at least 1 with the refiner")
-    # With the base model's own number of steps the levels meet, and nothing is left between them.
-    if name in FIELDS and refinement.strength is None and _share_left(steps, refinement) < 1:
-        problems.append(f"{name} x (1 - high_noise_frac) must be at least 1")
     return problems
-
-
-def _share_left(steps: int, refinement: Refinement) -> float:
-    # A product of 1 may come out a little below it: 10 x (1 - 0.9).
-    return round(steps * (1 - (refinement.switch_at or 0)), 6)
 
 
 def unused(values: Mapping[str, Any]) -> Iterator[str]:

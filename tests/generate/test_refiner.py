@@ -133,18 +133,20 @@ def test_the_refiner_noises_the_base_models_latents_anew_and_redraws_them(name, 
 
 
 @pytest.mark.parametrize(("name", "class_name"), SAMPLERS)
-@pytest.mark.parametrize("steps", [None, 8])
-def test_high_noise_frac_is_where_the_refiner_goes_on(steps, name, class_name, pipeline, refiner):
+def test_high_noise_frac_alone_is_where_the_refiner_goes_on(name, class_name, pipeline, refiner):
     """diffusers' documentation: denoising_end and denoising_start of the same share."""
-    top = {"num_inference_steps": steps or 5, "denoising_start": 0.6}
+    top = {"num_inference_steps": 5, "denoising_start": 0.6}
     expected = by_hand(pipeline, refiner, {**BASE, "denoising_end": 0.6}, top, scheduler=class_name)
-    request = replace(GOES_ON, scheduler=name, refiner_inference_steps=steps)
+    request = replace(GOES_ON, scheduler=name)
     assert farthest(refined(pipeline, refiner, request)[0], expected) <= 1
 
 
-def test_with_a_strength_beside_high_noise_frac_it_is_worker_sdxls_call(pipeline, refiner):
-    expected = by_hand(pipeline, refiner, {**BASE, "denoising_end": 0.6}, TOP)
-    request = replace(REQUEST, high_noise_frac=0.6, given=REQUEST.given | {"high_noise_frac", "strength"})
+@pytest.mark.parametrize("strength", [None, 0.5])
+def test_both_fields_are_worker_sdxls_call(strength, pipeline, refiner):
+    """Its default strength is 0.3."""
+    expected = by_hand(pipeline, refiner, {**BASE, "denoising_end": 0.6}, {**TOP, "strength": strength or 0.3})
+    given = {"high_noise_frac"} | ({"strength"} if strength else set())
+    request = replace(REQUEST, high_noise_frac=0.6, strength=strength, given=REQUEST.given | given)
     assert farthest(refined(pipeline, refiner, request)[0], expected) <= 1
 
 

@@ -36,7 +36,7 @@ def problem(**fields: Any) -> str:
         ({"refiner_inference_steps": 0, "high_noise_frac": 0.8}, None),
         ({"refiner_inference_steps": 50, "strength": 0}, None),
         ({"high_noise_frac": 0.8}, Refinement(30, 0.8, None)),
-        ({"high_noise_frac": 0.8, "refiner_inference_steps": 50}, Refinement(50, 0.8, None)),
+        ({"high_noise_frac": 0.8, "refiner_inference_steps": 50}, Refinement(50, 0.8, 0.3)),
         ({"high_noise_frac": 0.8, "strength": 0.3}, Refinement(30, 0.8, 0.3)),
         ({"high_noise_frac": 0}, None),
         ({"high_noise_frac": 1, "refiner_inference_steps": 50}, Refinement(50, None, 0.3)),
@@ -96,12 +96,7 @@ def test_the_refiners_steps_have_the_samplers_limits() -> None:
     assert problem(refiner_inference_steps=3) == too_few
     assert problem(**PICTURE, refiner_inference_steps=3).startswith("refiner_inference_steps x strength")
     assert asked(**PICTURE, num_inference_steps=2, refiner_inference_steps=4).warnings == ()
-    # One step lies before the switch: noise that the base model left would stay in the picture.
-    assert problem(high_noise_frac=0.5, refiner_inference_steps=1) == (
-        "refiner_inference_steps x (1 - high_noise_frac) must be at least 1"
-    )
-    assert asked(high_noise_frac=0.5, refiner_inference_steps=2).warnings == ()
-    assert asked(high_noise_frac=0.9, refiner_inference_steps=10).warnings == ()
+    assert problem(high_noise_frac=0.5, refiner_inference_steps=3) == too_few
     assert asked(high_noise_frac=0.95, num_inference_steps=8).warnings == ()
 
 
@@ -111,7 +106,7 @@ def test_the_refiners_steps_have_the_samplers_limits() -> None:
         # 2 pictures of 1024 x 1024 with 128 calls are the limit: the base model's and the refiner's together.
         ({"refiner_inference_steps": 100, "strength": 0.5}, 78, 79),
         ({"high_noise_frac": 0.75}, 128, 129),
-        ({"high_noise_frac": 0.5, "refiner_inference_steps": 100}, 156, 157),
+        ({"high_noise_frac": 0.5, "refiner_inference_steps": 100}, 196, 197),
         ({"high_noise_frac": 0.5, "refiner_inference_steps": 100, "strength": 0.5}, 156, 157),
         ({**PICTURE, "refiner_inference_steps": 128, "strength": 1}, 200, None),
     ],
