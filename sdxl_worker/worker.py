@@ -27,6 +27,7 @@ from sdxl_worker.memory import free_memory
 from sdxl_worker.prompts.lora_tags import with_lora_tags
 from sdxl_worker.request import GenerationRequest, LoraScale
 from sdxl_worker.request.lora_entries import parse_lora_entries
+from sdxl_worker.request.refinement import refinement_of
 from sdxl_worker.request.validation import validate_request
 from sdxl_worker.resident import Resident
 from sdxl_worker.serving.answers import answer_limit, check_size, json_size, sendable
@@ -202,7 +203,9 @@ class Worker:
         limit = self.answer_limit(run.job_id)
         room = None if limit is None else limit - json_size({**answer, "warnings": warnings})
         refiner, used = self.resident.refiner, prepared.used
-        used = used if refiner is None else dataclasses.replace(used, refiner=refiner.title)
+        if refiner is not None and refinement_of(prepared.request) is not None:
+            # Waits for the refiner's hash, which its first jobs may have to.
+            used = dataclasses.replace(used, refiner=refiner.title)
         delivered = deliver(
             pictures, prepared.request, used, run, self.settings, self.mode, room, self.resident.model_hash
         )

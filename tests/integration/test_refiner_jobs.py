@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -31,6 +33,17 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Worker:
     worker = Worker(settings)
     assert worker.pipeline is not None
     return worker
+
+
+def test_a_job_without_the_refiner_does_not_wait_for_its_hash(worker: Worker, monkeypatch) -> None:
+    """A file of gigabytes is hashed beside the first jobs: here that ends with an error for whoever waits."""
+    loaded = worker.resident.refiner
+    assert loaded is not None
+    failed: Future[str] = Future()
+    failed.set_exception(RuntimeError("waited for the hash"))
+    monkeypatch.setattr(worker.resident, "_refiner", dataclasses.replace(loaded, hash=failed))
+    assert "error" not in run(worker, **SMALL)
+    assert "error" in run(worker, **GOES_ON)
 
 
 def run(worker: Worker, **fields: Any) -> dict[str, Any]:
