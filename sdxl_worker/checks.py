@@ -113,14 +113,18 @@ def picture() -> Check:
     return Check(str, problem)
 
 
+def _wrong_length(value: list[Any], limit: int) -> str | None:
+    return None if 1 <= len(value) <= limit else f"must hold 1 to {limit} entries, not {len(value)}"
+
+
 def several(check: Check, limit: int) -> Check:
     """A list of 1 to `limit` values that are each good."""
 
     def problem(value: Any) -> str | None:
         if not isinstance(value, list):
             return f"must be a list, not {shown(value)}"
-        if not 1 <= len(value) <= limit:
-            return f"must hold 1 to {limit} entries, not {len(value)}"
+        if wrong_length := _wrong_length(value, limit):
+            return wrong_length
         wrong = ((index, check(entry)) for index, entry in enumerate(value))
         return next((f"entry {index} {what}" for index, what in wrong if what), None)
 
@@ -154,8 +158,8 @@ def falling(low: int, high: int, limit: int) -> Check:
     def problem(value: Any) -> str | None:
         if not isinstance(value, list):
             return f"must be a list of whole numbers, not {shown(value)}"
-        if not 1 <= len(value) <= limit:
-            return f"must hold 1 to {limit} entries, not {len(value)}"
+        if wrong_length := _wrong_length(value, limit):
+            return wrong_length
         for index, entry in enumerate(value):
             if wrong := each(entry):
                 return f"[{index}] {wrong}"

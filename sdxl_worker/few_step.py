@@ -48,43 +48,30 @@ def _row(
     return FewStep(name, re.compile(rf"\b(?:{pattern})\b"), wanted, steps or (number, number), guidance, source)
 
 
-_LIGHTNING, _HYPER = "https://huggingface.co/ByteDance/SDXL-Lightning", "https://huggingface.co/ByteDance/Hyper-SD"
 _TRAILING = "sgm_uniform"
 
 
+def _of_steps(name: str, steps: int, pattern: str, source: str, scheduler: str, **more: Any) -> FewStep:
+    """A row for a LoRA that is made for one number of steps, which begin at the highest noise level."""
+    settings: dict[str, Any] = {"scheduler": scheduler, "schedule_type": _TRAILING, "num_inference_steps": steps}
+    return _row(f"{name}, {steps} steps", pattern, source, **settings, **more)
+
+
 def _lightning(steps: int) -> FewStep:
-    return _row(
-        f"SDXL-Lightning, {steps} steps",
-        rf"(?:sdxl )?lightning (?:sdxl )?(?:lora )?{steps} steps?|{steps} steps? (?:sdxl )?lightning",
-        _LIGHTNING,
-        scheduler="K_EULER",
-        schedule_type=_TRAILING,
-        num_inference_steps=steps,
-    )
+    pattern = rf"(?:sdxl )?lightning (?:sdxl )?(?:lora )?{steps} steps?|{steps} steps? (?:sdxl )?lightning"
+    return _of_steps("SDXL-Lightning", steps, pattern, "https://huggingface.co/ByteDance/SDXL-Lightning", "K_EULER")
+
+
+_HYPER = "https://huggingface.co/ByteDance/Hyper-SD"
 
 
 def _hyper(steps: int) -> FewStep:
-    return _row(
-        f"Hyper-SD, {steps} steps",
-        rf"hyper ?sdxl (?:lora )?{steps} steps?",
-        _HYPER,
-        scheduler="DDIM",
-        schedule_type=_TRAILING,
-        num_inference_steps=steps,
-    )
+    return _of_steps("Hyper-SD", steps, rf"hyper ?sdxl (?:lora )?{steps} steps?", _HYPER, "DDIM")
 
 
 def _hyper_cfg(steps: int) -> FewStep:
-    return _row(
-        f"Hyper-SD CFG, {steps} steps",
-        rf"hyper ?sdxl (?:lora )?(?:{steps} steps? (?:lora )?cfg|cfg (?:lora )?{steps} steps?)",
-        _HYPER,
-        guidance=(5, 8),
-        scheduler="DDIM",
-        schedule_type=_TRAILING,
-        num_inference_steps=steps,
-        guidance_scale=5.5,
-    )
+    pattern = rf"hyper ?sdxl (?:lora )?(?:{steps} steps? (?:lora )?cfg|cfg (?:lora )?{steps} steps?)"
+    return _of_steps("Hyper-SD CFG", steps, pattern, _HYPER, "DDIM", guidance=(5, 8), guidance_scale=5.5)
 
 
 # The first whose pattern is found decides.

@@ -15,6 +15,9 @@ from sdxl_worker.memory import free_memory, is_out_of_memory
 MAX_BATCH_PIXELS = 2 * 1024 * 1024
 BYTES_PER_PIXEL = ACTIVATION_RESERVE // MAX_BATCH_PIXELS
 
+# What one picture of 1024 x 1024 needs beside the weights in float16 (attention, VAE decode), rounded up.
+MIN_FREE_BYTES = 4 * 2**30
+
 T = TypeVar("T")
 
 

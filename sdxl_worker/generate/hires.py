@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from PIL import Image
 
+from sdxl_worker.generate.images import pictures_in
 from sdxl_worker.generate.modes import Pass, view_of
 from sdxl_worker.request import GenerationRequest
 
@@ -47,8 +48,7 @@ def enlarged_latents(latents: torch.Tensor, size: tuple[int, int]) -> torch.Tens
 
 def enlarged_pixels(pixels: torch.Tensor, size: tuple[int, int]) -> list[Image.Image]:
     """The pictures in `pixels` (n, 3, h, w), 0 to 1, at `size`, width and height: A1111's upscaler "Lanczos"."""
-    arrays = (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(array).resize(size, Image.Resampling.LANCZOS) for array in arrays]
+    return [picture.resize(size, Image.Resampling.LANCZOS) for picture in pictures_in(pixels)]
 
 
 _UPSCALERS = {"latent": enlarged_latents, "lanczos": enlarged_pixels}

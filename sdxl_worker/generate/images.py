@@ -8,10 +8,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+
+if TYPE_CHECKING:
+    import torch
 
 # Pillow's default of 6 takes almost four times as long for an eighth less (bench/overhead.py measures the levels).
 PNG_LEVEL = 1
@@ -20,6 +23,13 @@ WEBP_METHOD = 2
 # One EXIF block of a JPEG holds 64 kB; a longer text is left out rather than cut.
 MAX_EXIF_BYTES = 65_000
 _EXIF_IFD, _USER_COMMENT = 0x8769, 0x9286
+
+
+def pictures_in(pixels: torch.Tensor) -> list[Image.Image]:
+    """The RGB pictures in `pixels` (n, 3, height, width), finite values from 0 to 1, as diffusers rounds them."""
+    from diffusers.image_processor import VaeImageProcessor
+
+    return VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(pixels))
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def infotext(
         facts["Model hash"] = model_hash
     facts["Model"] = safe_name(model_name(model_id))
     facts |= _picture_facts(request)
-    facts |= _of_second_pass(request)
+    facts |= _hires_facts(request)
     facts |= _refiner_facts(request, used.refiner)
     if request.clip_skip != DEFAULT_CLIP_SKIP:
         facts["Clip skip"] = request.clip_skip
@@ -105,7 +105,7 @@ def _picture_facts(request: GenerationRequest) -> dict[str, str | int]:
     return facts
 
 
-def _of_second_pass(request: GenerationRequest) -> dict[str, Any]:
+def _hires_facts(request: GenerationRequest) -> dict[str, Any]:
     """A1111's names for `hires`, whose strength then is "the" strength; that of a first pass has a name of our own."""
     hires = request.hires
     if hires is None:

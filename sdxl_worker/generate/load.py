@@ -65,22 +65,23 @@ def _said_prediction(model: BaseModel, settings: Settings) -> Prediction:
     try:
         facts = read_checkpoint(model.path)
     except AssetFileError as error:
-        raise _cannot_be_loaded(model, f"{error}; check MODEL_ID") from None
+        raise cannot_be_loaded(model, f"{error}; check MODEL_ID") from None
     if facts.model not in (SDXL, NOT_A_CHECKPOINT):
-        raise _cannot_be_loaded(model, f"it is a checkpoint of {facts.model}, and this worker runs SDXL; set MODEL_ID")
+        raise cannot_be_loaded(model, f"it is a checkpoint of {facts.model}, and this worker runs SDXL; set MODEL_ID")
     if facts.model == SDXL and facts.in_channels not in _IN_CHANNELS:
-        raise _cannot_be_loaded(model, f"its UNet takes {facts.in_channels} channels, not 4 or 9; set MODEL_ID")
+        raise cannot_be_loaded(model, f"its UNet takes {facts.in_channels} channels, not 4 or 9; set MODEL_ID")
     if facts.prediction.kind == EDM and not settings.prediction_type:
         raise _is_edm(model, facts.prediction.source)
     return facts.prediction
 
 
-def _cannot_be_loaded(model: BaseModel, reason: str, role: str = "base model") -> ModelUnavailable:
+def cannot_be_loaded(model: BaseModel, reason: str, role: str = "base model") -> ModelUnavailable:
+    """The error for a model that was found and is not one for this worker."""
     return ModelUnavailable(f"the {role} {model.name} cannot be loaded: {reason}")
 
 
 def _is_edm(model: BaseModel, source: str) -> ModelUnavailable:
-    return _cannot_be_loaded(model, f"it is an EDM model ({source}), whose samplers are not here; set MODEL_ID")
+    return cannot_be_loaded(model, f"it is an EDM model ({source}), whose samplers are not here; set MODEL_ID")
 
 
 def _write_example_lora(settings: Settings) -> None:
@@ -110,7 +111,7 @@ def reading(model: BaseModel, variable: str, role: str) -> Iterator[None]:
         logger.error("loading %s: %s: %s", model.name, type(error).__name__, clean_text(str(error)))
         what = "checkpoint, or its configs cannot be fetched" if model.kind == "file" else "model"
         reason = f"it is not a complete SDXL {what}; check {variable}"
-    raise _cannot_be_loaded(model, reason, role)
+    raise cannot_be_loaded(model, reason, role)
 
 
 def _from_files(model: BaseModel, vae_path: Path | None, dtype: torch.dtype) -> StableDiffusionXLPipeline:

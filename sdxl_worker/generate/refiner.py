@@ -15,10 +15,10 @@ import torch
 from sdxl_worker import prompts
 from sdxl_worker.errors import AssetFileError, ModelUnavailable
 from sdxl_worker.generate.base_model import BaseModel, find_refiner
-from sdxl_worker.generate.batches import free_bytes
+from sdxl_worker.generate.batches import MIN_FREE_BYTES, free_bytes
 from sdxl_worker.generate.checkpoint_facts import NOT_A_CHECKPOINT, REFINER, read_checkpoint
 from sdxl_worker.generate.infotext import model_name
-from sdxl_worker.generate.load import pipeline_from, reading
+from sdxl_worker.generate.load import cannot_be_loaded, pipeline_from, reading
 from sdxl_worker.generate.model_hash import start_hashing
 from sdxl_worker.generate.modes import Inputs, Pass, fitted
 from sdxl_worker.generate.tiny_refiner import build_refiner
@@ -31,9 +31,6 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
 
 logger = logging.getLogger(__name__)
-
-# What one picture of 1024 x 1024 needs on the device beside the weights.
-MIN_FREE_BYTES = 4 * 2**30
 
 
 @dataclass(frozen=True)
@@ -134,7 +131,7 @@ def _from_disk(model: BaseModel, base: StableDiffusionXLPipeline) -> StableDiffu
     shared = {"vae": base.vae, "text_encoder_2": base.text_encoder_2, "tokenizer_2": base.tokenizer_2}
     none = {"text_encoder": None, "tokenizer": None}
     if model.kind == "file" and model.path is not None:
-        _check_header(model.path, model.name)
+        _check_header(model, model.path)
     with reading(model, "REFINER_ID", "refiner"):
         pipeline = pipeline_from(StableDiffusionXLImg2ImgPipeline, model, base.unet.dtype, **shared, **none)
     wants, gets = pipeline.unet.config.cross_attention_dim, base.text_encoder_2.config.hidden_size
@@ -146,13 +143,15 @@ def _from_disk(model: BaseModel, base: StableDiffusionXLPipeline) -> StableDiffu
     return pipeline
 
 
-def _check_header(path: Path, name: str) -> None:
+def _check_header(model: BaseModel, path: Path) -> None:
     try:
         family = read_checkpoint(path).model
     except AssetFileError as error:
-        raise ModelUnavailable(f"the refiner {name} cannot be loaded: {error}; check REFINER_ID") from None
+        raise cannot_be_loaded(model, f"{error}; check REFINER_ID", "refiner") from None
     if family not in (REFINER, NOT_A_CHECKPOINT):
-        raise ModelUnavailable(f"the refiner {name} is a checkpoint of {family}, not an SDXL refiner; check REFINER_ID")
+        raise ModelUnavailable(
+            f"the refiner {model.name} is a checkpoint of {family}, not an SDXL refiner; check REFINER_ID"
+        )
 
 
 def _waits_in_host_memory(name: str, unet: torch.nn.Module, device: torch.device) -> bool:

@@ -17,6 +17,7 @@ from sdxl_worker.generate import samplers, vae
 from sdxl_worker.generate.batches import MAX_BATCH_PIXELS, Steps, in_batches, most_at_once
 from sdxl_worker.generate.calls import unet_calls
 from sdxl_worker.generate.hires import with_second_pass
+from sdxl_worker.generate.images import pictures_in
 from sdxl_worker.generate.infotext import image_seed
 from sdxl_worker.generate.modes import NO_INPUTS, Inputs, Pass, mode_for
 from sdxl_worker.generate.refiner import Refining
@@ -42,15 +43,15 @@ def render(
     """`request.num_images` RGB pictures of `request.final_size` pixels.
 
     Picture i is the one of its `image_seed` and prompt, so each can be asked for again on its own; several are drawn at
-    once as far as the free memory reaches, and fewer where that was too many. `inputs` are the pictures to
-    start from, as `fetch_inputs` gives them; they choose the mode. `embeddings` finds the words of the prompts that
-    have vectors of their own. `refining` is the refiner's part, made ready before LoRAs were merged.
+    once as far as the free memory reaches, and fewer where that was too many. `inputs` are the pictures to start from,
+    as `fetch_inputs` gives them; they choose the mode. `embeddings` finds the words of the prompts that have vectors of
+    their own. `refining` is the refiner's part, made ready before LoRAs were merged.
     `on_step(step, total_steps, latents)` follows each step, counted over all batches and passes and never falling;
     latents are (pictures of the batch, 4, height / 8, width / 8) in the UNet's dtype.
     `before_step(done)` comes before each call of the base model's UNet; `done` is the share of its pass's steps that
     lies behind, from 0 up to below 1: of a step that calls it twice, both calls get the same. An exception raised in
-    either stops the run and propagates. The pipeline is left as it was. Raises
-    GenerationError when a picture holds values that are not finite.
+    either stops the run and propagates. The pipeline is left as it was. Raises GenerationError when a picture holds
+    values that are not finite.
     """
     mode = mode_for(inputs)
     finished = mode.finished(request, inputs)
@@ -108,7 +109,7 @@ class _Drawing:
             samplers.seed(step.view.scheduler, seeds)
             result = self._pass(step, result, batch, generators, steps)
         assert result is not None
-        return self._as_pictures(result)
+        return pictures_in(result)
 
     def _generators(self, seeds: Sequence[int]) -> list[torch.Generator]:
         return [torch.Generator(self.pipeline.device).manual_seed(seed) for seed in seeds]
@@ -162,10 +163,6 @@ class _Drawing:
             return {}
 
         return after_step
-
-    def _as_pictures(self, pixels: torch.Tensor) -> list[Image]:
-        processor = self.pipeline.image_processor
-        return processor.numpy_to_pil(processor.pt_to_numpy(pixels))
 
 
 def _for_each(arguments: dict[str, Any], pictures: int) -> dict[str, Any]:

@@ -10,13 +10,9 @@ from sdxl_worker.request.fields import (
     MAX_EMBEDDINGS,
     MAX_LORAS,
     MAX_SIDE,
-    EmbeddingSpec,
-    Extend,
     GenerationRequest,
-    LoraScale,
-    LoraSpan,
-    LoraSpec,
 )
+from sdxl_worker.request.values import EmbeddingSpec, Extend, LoraScale, LoraSpan, LoraSpec
 
 __all__ = [
     "DEFAULT_CLIP_SKIP",

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sdxl_worker.request.entries import parse_entries, reference_in, text_in
-from sdxl_worker.request.fields import EmbeddingSpec
+from sdxl_worker.request.values import EmbeddingSpec
 from sdxl_worker.text import clean_text, is_clean
 
 MAX_TOKEN_CHARACTERS = 200

@@ -24,12 +24,7 @@ from sdxl_worker.checks import (
 )
 from sdxl_worker.request.sampler_names import find_schedule, find_scheduler
 from sdxl_worker.request.second_pass import Hires, as_hires, hires_check
-from sdxl_worker.request.values import EmbeddingSpec as EmbeddingSpec
-from sdxl_worker.request.values import Extend as Extend
-from sdxl_worker.request.values import LoraScale as LoraScale
-from sdxl_worker.request.values import LoraSpan as LoraSpan
-from sdxl_worker.request.values import LoraSpec as LoraSpec
-from sdxl_worker.request.values import default_strength
+from sdxl_worker.request.values import EmbeddingSpec, Extend, LoraSpec, default_strength
 from sdxl_worker.schedulers import AUTOMATIC, schedule_names, scheduler_names
 from sdxl_worker.settings import PROMPT_SYNTAXES
 from sdxl_worker.text import is_unicode, shown

@@ -8,7 +8,8 @@ from typing import Any
 
 from sdxl_worker.checks import as_float
 from sdxl_worker.request.entries import kind_of, parse_entries, reference_in, text_in, unknown_in
-from sdxl_worker.request.fields import REFERENCE_KEYS, LoraScale, LoraSpan, LoraSpec
+from sdxl_worker.request.fields import REFERENCE_KEYS
+from sdxl_worker.request.values import LoraScale, LoraSpan, LoraSpec
 from sdxl_worker.text import safe_name, shown
 
 MAX_SCALE = 100.0

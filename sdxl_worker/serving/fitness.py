@@ -18,6 +18,7 @@ from PIL import Image
 
 from sdxl_worker.assets.folder import temporary_file
 from sdxl_worker.errors import WorkerError
+from sdxl_worker.generate.batches import MIN_FREE_BYTES
 from sdxl_worker.generate.checkpoint_facts import INPAINTING_CHANNELS
 from sdxl_worker.generate.infotext import model_name
 from sdxl_worker.generate.modes import NO_INPUTS, Inputs
@@ -29,8 +30,6 @@ from sdxl_worker.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-# What one picture of 1024 x 1024 needs beside the resident model in float16 (attention, VAE decode), rounded up.
-MIN_FREE_GPU_BYTES = 4 * 2**30
 PROBE = GenerationRequest(
     prompt="a test", width=64, height=64, num_inference_steps=1, scheduler="K_EULER", strength=1.0
 )
@@ -62,8 +61,12 @@ def check_model(pipeline: Callable[[], Any]) -> None:
         (picture,) = render(resident, PROBE, inputs=_probe_inputs(resident))
     except (WorkerError, RuntimeError) as error:
         raise UnhealthyWorker(f"{error}. Change MODEL_ID or VAE_ID, or choose a larger GPU") from error
-    if len(picture.getcolors(PROBE.width * PROBE.height) or ()) == 1:
+    if _is_empty(picture):
         raise UnhealthyWorker("the base model renders an empty picture: change MODEL_ID or VAE_ID")
+
+
+def _is_empty(picture: Image.Image) -> bool:
+    return len(picture.getcolors(PROBE.width * PROBE.height) or ()) == 1
 
 
 def _probe_inputs(pipeline: Any) -> Inputs:
@@ -88,7 +91,7 @@ def check_refiner(pipeline: Callable[[], Any], refiner: Callable[[], Refiner | N
         (picture,) = render(resident, probe, inputs=start, refining=loaded.ready_for(probe))
     except (WorkerError, RuntimeError, ValueError) as error:
         raise UnhealthyWorker(f"the refiner: {error}. Change REFINER_ID, or choose a larger GPU") from error
-    if len(picture.getcolors(PROBE.width * PROBE.height) or ()) == 1:
+    if _is_empty(picture):
         raise UnhealthyWorker("the refiner renders an empty picture: change REFINER_ID")
 
 
@@ -122,10 +125,10 @@ def check_gpu_memory(pipeline: Callable[[], Any]) -> None:
     # What the probe left in PyTorch's cache is free for the next picture.
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
-    if free < MIN_FREE_GPU_BYTES:
+    if free < MIN_FREE_BYTES:
         raise UnhealthyWorker(
             f"only {free / 2**30:.1f} of {total / 2**30:.1f} GB of GPU memory are free beside the model, and a picture "
-            f"needs {MIN_FREE_GPU_BYTES / 2**30:.0f}: choose a GPU type with more memory"
+            f"needs {MIN_FREE_BYTES / 2**30:.0f}: choose a GPU type with more memory"
         )
 
 
