@@ -101,7 +101,7 @@ class WeightMerger:
             if self._place is None:
                 self._place = self._choose_place(live)
             if self._place == "host":
-                copy = torch.empty(live.shape, dtype=live.dtype, pin_memory=True).copy_(live)
+                copy = torch.empty_like(live, device="cpu", pin_memory=True).copy_(live)
             else:
                 copy = live.detach().clone()
             self._pristine[target] = copy
@@ -142,14 +142,15 @@ def _merge_one(live: Tensor, pristine: Tensor, parts: Sequence[tuple[Change, flo
     device = live.device
     base = pristine.to(device, non_blocking=True)
     low_rank = [(change, scale) for change, scale in parts if isinstance(change, LowRank)]
-    if len(low_rank) == len(parts) and live.is_contiguous():
-        up, down, alpha = _joined(low_rank, device)
-        matrix = base.reshape(base.shape[0], -1)
+    if len(low_rank) == len(parts) and (matrix := _as_matrix(live)) is not None:
+        up, down, alpha = _joined(low_rank, live)
+        pristine_matrix = _as_matrix(base)
+        assert pristine_matrix is not None
         if live.dtype == torch.float32:
             # One fused product, straight into the live weight.
-            torch.addmm(matrix, up, down, alpha=alpha, out=live.view(matrix.shape))
+            torch.addmm(pristine_matrix, up, down, alpha=alpha, out=matrix)
         else:
-            live.copy_(torch.addmm(matrix.float(), up, down, alpha=alpha).view(live.shape))
+            matrix.copy_(torch.addmm(pristine_matrix.float(), up, down, alpha=alpha))
         return
     weight = base.float()
     total = weight.clone()
@@ -158,13 +159,41 @@ def _merge_one(live: Tensor, pristine: Tensor, parts: Sequence[tuple[Change, flo
     live.copy_(total)
 
 
-def _joined(parts: Sequence[tuple[Change, float]], device: torch.device) -> tuple[Tensor, Tensor, float]:
-    """Several low-rank products as one: the factors side by side along the rank, scales folded into `up`."""
+def _as_matrix(weight: Tensor) -> Tensor | None:
+    """The weight itself as (out, rest), a view; None where its memory order has no such view.
+
+    The columns stand as they do in memory: those of a channels_last convolution by height, width, input.
+    """
+    if weight.is_contiguous():
+        return weight.view(weight.shape[0], -1)
+    if _is_channels_last(weight):
+        return weight.permute(0, 2, 3, 1).view(weight.shape[0], -1)
+    return None
+
+
+def _is_channels_last(weight: Tensor) -> bool:
+    return weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def _joined(parts: Sequence[tuple[Change, float]], weight: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Several low-rank products as one: the factors side by side along the rank, scales folded into `up`.
+
+    The columns of `down` are in the order of `_as_matrix(weight)`.
+    """
     factors = [
-        (change.up, change.down, scale * change.factor) for change, scale in parts if isinstance(change, LowRank)
+        (change.up, _columns(change.down, weight), scale * change.factor)
+        for change, scale in parts
+        if isinstance(change, LowRank)
     ]
     if len(factors) == 1:
         up, down, alpha = factors[0]
         return up.float(), down.float(), alpha
     up = torch.cat([up.float() * factor for up, _, factor in factors], dim=1)
     return up, torch.cat([down.float() for _, down, _ in factors]), 1.0
+
+
+def _columns(down: Tensor, weight: Tensor) -> Tensor:
+    if weight.is_contiguous():
+        return down
+    # Of a small matrix, not of the weight.
+    return down.view(down.shape[0], *weight.shape[1:]).permute(0, 2, 3, 1).reshape(down.shape)
