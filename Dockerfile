@@ -13,8 +13,11 @@
 # family (580 or newer): .runpod/hub.json allows those that RunPod has in its list.
 FROM nvidia/cuda:13.0.3-base-ubuntu24.04
 
+# gcc, libc6-dev and python3-dev: Triton builds a small C module at run time for each GPU kernel that it compiles (COMPILE=1),
+# and finds no compiler and no Python.h in the base image.
 RUN apt-get update \
-    && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends ca-certificates python3 python3-venv \
+    && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
+        ca-certificates gcc libc6-dev python3 python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/* \
     && python3 -m venv /opt/venv
 

@@ -90,6 +90,7 @@ def main() -> int:
         if launch.has_a_job(worker.mode, arguments):
             if worker.mode is Mode.LOCAL:
                 launch.check_local_job(arguments)
+            launch.keep_compiled_code(worker.settings)
             worker.get_ready()
     except (WorkerError, ValueError) as error:
         sys.stderr.write(f"{error}\n")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import threading
 import weakref
+from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,7 @@ class Resident:
         self._pipeline: StableDiffusionXLPipeline | None = None
         self._refiner: Refiner | None = None
         self._model_hash: Future[str] | None = None
+        self._attention = ""
         self._engines: weakref.WeakKeyDictionary[Any, LoraEngine] = weakref.WeakKeyDictionary()
 
     @property
@@ -39,12 +42,34 @@ class Resident:
                 from sdxl_worker.generate.refiner import load_refiner
 
                 pipeline, model = load_pipeline(self._settings)
+                if self._settings.compile:
+                    from sdxl_worker.generate import compiled
+
+                    compiled.compile_in_place(pipeline)
                 # Copied now: no render may use the originals meanwhile.
                 prompts.tokenizers_of(pipeline)
                 self.use(pipeline, load_refiner(self._settings, pipeline))
                 self._model_hash = start_hashing(model, pipeline)
+                if self._settings.attention:
+                    from sdxl_worker.generate import attention
+
+                    self._attention = attention.usable(self._settings.attention, pipeline.device, pipeline.dtype)
+                if self._settings.compile:
+                    with self.attention():
+                        compiled.warm_up(pipeline)
             assert self._pipeline is not None
             return self._pipeline
+
+    @contextlib.contextmanager
+    def attention(self) -> Iterator[None]:
+        """Around what draws: inside, attention takes the kernel of ATTENTION."""
+        if not self._attention:
+            yield
+            return
+        from sdxl_worker.generate import attention
+
+        with attention.chosen(self._attention):
+            yield
 
     @property
     def refiner(self) -> Refiner | None:

@@ -10,6 +10,7 @@ from sdxl_worker.checks import Check, choice, number, text, url, whole
 
 PROMPT_SYNTAXES = ("plain", "a1111")
 PREDICTION_TYPES = ("epsilon", "v_prediction")
+ATTENTION_KERNELS = ("flash", "cudnn", "efficient", "math")
 # Linux does not pass longer variables to a process.
 _TEXT = text(2**17)
 
@@ -64,6 +65,21 @@ class Settings:
     )
     worker_concurrency: int = _variable(
         "WORKER_CONCURRENCY", 1, "2 = fetch the next job's LoRAs while this one renders", whole(1, 2)
+    )
+    compile: int = _variable(
+        "COMPILE",
+        0,
+        "1 = compile the UNet's transformer blocks and the VAE's decoder when the worker starts",
+        whole(0, 1),
+    )
+    compile_cache_dir: Path = _variable(
+        "COMPILE_CACHE_DIR", Path("/models/compiled"), "where compiled code is kept for the workers that start later"
+    )
+    attention: str = _variable(
+        "ATTENTION",
+        "",
+        "attention kernel: flash, cudnn, efficient or math; empty = torch chooses",
+        choice(ATTENTION_KERNELS),
     )
     hf_token: str = _variable("HF_TOKEN", "", "sent only to the Hugging Face Hub", secret=True)
     civitai_api_token: str = _variable("CIVITAI_API_TOKEN", "", "sent only to Civitai", secret=True)

@@ -231,6 +231,7 @@ class Worker:
         with ExitStack() as stack:
             stack.enter_context(run.device())
             stack.enter_context(self.health.watch())
+            stack.enter_context(self.resident.attention())
             # Before the LoRAs: the refiner, which gets none, shares the second text encoder.
             refiner = self.resident.refiner
             refining = refiner.ready_for(request, prepared.embeddings) if refiner else None

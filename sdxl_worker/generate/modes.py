@@ -114,6 +114,14 @@ def check_model(pipeline: StableDiffusionXLPipeline, request: GenerationRequest)
         )
 
 
+def plain_inputs(pipeline: Any, width: int, height: int) -> Inputs:
+    """The pictures to draw anything with: an inpainting checkpoint does not without a picture and a mask."""
+    if pipeline.unet.config.in_channels != INPAINTING_CHANNELS:
+        return NO_INPUTS
+    size = (width, height)
+    return {"image_url": Image.new("RGB", size, "gray"), "mask_url": Image.new("L", size, 255)}
+
+
 def fitted(image: Image.Image, request: GenerationRequest) -> Image.Image:
     """`image` (any mode and size) as RGB, scaled and cropped in its middle to the request's width and height."""
     size = (request.width, request.height)

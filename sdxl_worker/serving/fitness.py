@@ -19,9 +19,8 @@ from PIL import Image
 from sdxl_worker.assets.folder import temporary_file
 from sdxl_worker.errors import WorkerError
 from sdxl_worker.generate.batches import MIN_FREE_BYTES
-from sdxl_worker.generate.checkpoint_facts import INPAINTING_CHANNELS
 from sdxl_worker.generate.infotext import model_name
-from sdxl_worker.generate.modes import NO_INPUTS, Inputs
+from sdxl_worker.generate.modes import plain_inputs
 from sdxl_worker.generate.refiner import Refiner
 from sdxl_worker.generate.render import render
 from sdxl_worker.request import GenerationRequest
@@ -58,7 +57,7 @@ def check_model(pipeline: Callable[[], Any]) -> None:
     """The base model loads and renders; raises UnhealthyWorker. A model that is not numbers renders one colour."""
     try:
         resident = pipeline()
-        (picture,) = render(resident, PROBE, inputs=_probe_inputs(resident))
+        (picture,) = render(resident, PROBE, inputs=plain_inputs(resident, PROBE.width, PROBE.height))
     except (WorkerError, RuntimeError) as error:
         raise UnhealthyWorker(f"{error}. Change MODEL_ID or VAE_ID, or choose a larger GPU") from error
     if _is_empty(picture):
@@ -67,14 +66,6 @@ def check_model(pipeline: Callable[[], Any]) -> None:
 
 def _is_empty(picture: Image.Image) -> bool:
     return len(picture.getcolors(PROBE.width * PROBE.height) or ()) == 1
-
-
-def _probe_inputs(pipeline: Any) -> Inputs:
-    """An inpainting checkpoint does not draw without a picture and a mask."""
-    if pipeline.unet.config.in_channels != INPAINTING_CHANNELS:
-        return NO_INPUTS
-    size = (PROBE.width, PROBE.height)
-    return {"image_url": Image.new("RGB", size, "gray"), "mask_url": Image.new("L", size, 255)}
 
 
 def check_refiner(pipeline: Callable[[], Any], refiner: Callable[[], Refiner | None]) -> None:

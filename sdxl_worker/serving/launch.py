@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import logging
 import os
+import tempfile
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
@@ -13,6 +15,8 @@ from typing import Any
 
 from sdxl_worker.serving.mode import Mode
 from sdxl_worker.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 _USAGE = """SDXL with per-request LoRAs, as a RunPod serverless worker.
 
@@ -118,6 +122,29 @@ def prepare(settings: Settings) -> argparse.Namespace:
     if arguments.rp_log_level:
         _check_level("--rp_log_level", arguments.rp_log_level)
     return arguments
+
+
+def keep_compiled_code(settings: Settings) -> None:
+    """Let torch and Triton keep what they compile in COMPILE_CACHE_DIR, unless their own variables say otherwise.
+
+    Where code is compiled (COMPILE=1, or a GPU, where merging LoRAs has a kernel of its own), and before anything is.
+    A folder that cannot be written is only logged: they have one of their own.
+    """
+    import torch
+
+    if not settings.compile and not torch.cuda.is_available():
+        return
+    folder = settings.compile_cache_dir
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"1")
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        logger.warning("COMPILE_CACHE_DIR %s cannot be written (%s): compiled code is kept locally", folder, reason)
+        return
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
 
 
 def start(config: dict[str, Any], checks: Iterable[functools.partial[None]]) -> None:

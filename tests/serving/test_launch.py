@@ -1,13 +1,15 @@
 """How a process is started, and what it says about itself."""
 
 import argparse
+import os
 import re
 
 import pytest
 import runpod.serverless as sdk
 
-from sdxl_worker.serving.launch import check_local_job, has_a_job, help_text, mode_of, wants_help
+from sdxl_worker.serving.launch import check_local_job, has_a_job, help_text, keep_compiled_code, mode_of, wants_help
 from sdxl_worker.serving.mode import Mode
+from sdxl_worker.settings import Settings
 
 QUEUE = {"RUNPOD_WEBHOOK_GET_JOB": "http://queue"}
 
@@ -65,3 +67,17 @@ def test_help_names_every_variable_and_every_option_of_the_sdk():
             assert f"(default {default})" in shown[0]
     assert wants_help(["--x", "-h"])
     assert not wants_help(["--test_input", "{}"])
+
+
+def test_compiled_code_is_kept_where_the_setting_says(tmp_path, monkeypatch, caplog):
+    """What torch's own variables say goes first, and a folder that cannot be written leaves them alone."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "set/by/the/operator")
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    (tmp_path / "file").touch()
+    keep_compiled_code(Settings(compile=1, compile_cache_dir=tmp_path / "file" / "compiled"))
+    assert "COMPILE_CACHE_DIR" in caplog.text
+    assert "TRITON_CACHE_DIR" not in os.environ
+    keep_compiled_code(Settings(compile=1, compile_cache_dir=tmp_path / "compiled"))
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "set/by/the/operator"
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "compiled" / "triton")
