@@ -5,7 +5,7 @@ parameters (float16). For 1, 2 and 4 LoRAs of rank 32 on every linear layer of t
 measures apply, restore, the cost of a denoising step, the whole request, peak memory, and whether plain renders keep
 their bits. Prints one table of ratios and writes everything to bench/results/.
 
-    python -m bench.lora_switch [--device cuda] [--steps 28] [--size 1024] [--repeats 5]
+    python -m bench.lora_switch [--device cuda] [--steps 28] [--size 1024] [--repeats 5] [--channels-last]
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ def compare(
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """All measurements, as JSON-ready numbers."""
+    """`run_on` on a pipeline of random weights."""
     device = options.device
     size = topology.FULL if device == "cuda" else topology.NARROW
     dtype = torch.float16 if device == "cuda" else torch.float32
@@ -205,7 +205,19 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     pipeline.set_progress_bar_config(disable=True)
     for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
         module.eval().requires_grad_(False)
-    request, memory = Request(pipeline, Clock(device), options.size, options.steps), Memory(device)
+    return run_on(pipeline, options)
+
+
+def run_on(pipeline: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """All measurements on a ready pipeline, which keeps its weights, as JSON-ready numbers."""
+    if options.channels_last:
+        pipeline.unet.to(memory_format=torch.channels_last)
+        pipeline.vae.to(memory_format=torch.channels_last)
+    dtype = pipeline.unet.dtype
+    request, memory = (
+        Request(pipeline, Clock(pipeline.device.type), options.size, options.steps),
+        Memory(pipeline.device.type),
+    )
     request.render()
     results = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -261,13 +273,16 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="alternations measured for this worker (default 5)")
     parser.add_argument("--stock-repeats", type=int, default=3, help="alternations measured for stock (default 3)")
     parser.add_argument("--pairs", type=int, default=30, help="UNet passes with and without LoRAs (default 30)")
+    parser.add_argument(
+        "--channels-last", action="store_true", help="convolutions in that memory order, as COMPILE=1 has"
+    )
     parser.add_argument("--threads", type=int, help="CPU threads for torch (default: torch's own)")
     options = parser.parse_args()
     options.size = options.size or (1024 if options.device == "cuda" else 256)
     if options.threads:
         torch.set_num_threads(options.threads)
     results = {**machine(options.device), **run(options)}
-    path = write_result(f"lora_switch_{options.device}", results)
+    path = write_result(f"lora_switch{'_channels_last' if options.channels_last else ''}_{options.device}", results)
     sys.stdout.write(table(["figure", *(f"{count} LoRA" for count in COUNTS)], rows(results)) + f"\n{path}\n")
 
 
