@@ -125,14 +125,11 @@ def prepare(settings: Settings) -> argparse.Namespace:
 
 
 def keep_compiled_code(settings: Settings) -> None:
-    """Let torch and Triton keep what they compile in COMPILE_CACHE_DIR, unless their own variables say otherwise.
+    """With COMPILE=1 let torch and Triton keep what they compile in COMPILE_CACHE_DIR, unless their variables are set.
 
-    Where code is compiled (COMPILE=1, or a GPU, where merging LoRAs has a kernel of its own), and before anything is.
-    A folder that cannot be written is only logged: they have one of their own.
+    To be called before anything is compiled. A folder that cannot be written is only logged: they have their own.
     """
-    import torch
-
-    if not settings.compile and not torch.cuda.is_available():
+    if not settings.compile:
         return
     folder = settings.compile_cache_dir
     try:
