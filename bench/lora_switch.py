@@ -213,11 +213,8 @@ def run_on(pipeline: Any, options: argparse.Namespace) -> dict[str, Any]:
     if options.channels_last:
         pipeline.unet.to(memory_format=torch.channels_last)
         pipeline.vae.to(memory_format=torch.channels_last)
-    dtype = pipeline.unet.dtype
-    request, memory = (
-        Request(pipeline, Clock(pipeline.device.type), options.size, options.steps),
-        Memory(pipeline.device.type),
-    )
+    device, dtype = pipeline.device.type, pipeline.unet.dtype
+    request, memory = Request(pipeline, Clock(device), options.size, options.steps), Memory(device)
     request.render()
     results = {}
     with tempfile.TemporaryDirectory() as folder:

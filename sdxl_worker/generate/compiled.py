@@ -79,7 +79,7 @@ def warm_up(pipeline: StableDiffusionXLPipeline) -> None:
             seed=0,
         )
         try:
-            # Inductor draws random inputs when it compiles.
+            # Compilers may draw random numbers of their own.
             with torch.random.fork_rng(devices=[pipeline.device] if pipeline.device.type == "cuda" else []):
                 render(pipeline, request, inputs=inputs)
         except Exception as error:

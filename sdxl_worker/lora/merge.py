@@ -166,13 +166,9 @@ def _as_matrix(weight: Tensor) -> Tensor | None:
     """
     if weight.is_contiguous():
         return weight.view(weight.shape[0], -1)
-    if _is_channels_last(weight):
+    if weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last):
         return weight.permute(0, 2, 3, 1).view(weight.shape[0], -1)
     return None
-
-
-def _is_channels_last(weight: Tensor) -> bool:
-    return weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def _joined(parts: Sequence[tuple[Change, float]], weight: Tensor) -> tuple[Tensor, Tensor, float]:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 
 from sdxl_worker.generate import attention
+from sdxl_worker.settings import Settings
+from sdxl_worker.worker import Worker
+from tests.support.operations import Operations
 
 CPU = torch.device("cpu")
+FLASH = "_scaled_dot_product_flash_attention_for_cpu"
 
 
 def test_a_kernel_that_the_device_lacks_is_named_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
@@ -25,3 +32,21 @@ def test_the_choice_ends_with_the_drawing() -> None:
         assert SDPBackend.MATH in chosen
         assert SDPBackend.FLASH_ATTENTION not in chosen
     assert set(_cur_sdpa_kernel_backends()) == before
+
+
+@pytest.mark.parametrize("kernel", ["", "flash", "math"])
+def test_a_job_is_drawn_by_the_kernel(kernel: str, tmp_path: Path) -> None:
+    """The CPU has flash, which torch takes by itself, and the formula written out, which is no operation of its own."""
+    worker = Worker(Settings(model_id="tiny", attention=kernel, lora_cache_dir=tmp_path))
+    unet, counted = worker.pipeline.unet, Operations()
+    forward = unet.forward
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        with counted:
+            return forward(*args, **kwargs)
+
+    unet.forward = watched
+    answer = worker.run({"input": {"prompt": "a", "width": 64, "height": 64, "num_inference_steps": 1, "seed": 1}})
+    assert "images" in answer, answer
+    assert bool(counted.names[FLASH]) is (kernel != "math")
+    assert bool(counted.names["_softmax"] + counted.names["_safe_softmax"]) is (kernel == "math")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from torch._dynamo.utils import counters
 from sdxl_worker import topology
 from sdxl_worker.generate import compiled
 from sdxl_worker.generate.render import render
+from sdxl_worker.memory import is_out_of_memory
 from sdxl_worker.request import GenerationRequest
 from sdxl_worker.settings import Settings
 from sdxl_worker.worker import Worker
@@ -22,8 +26,10 @@ from tests.support.lora_files import FORMATS, save, weight_hash, whole_unet
 from tests.support.readme import ROOT
 
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
+REQUEST = GenerationRequest(prompt="a", width=64, height=64, num_inference_steps=1, scheduler="K_EULER", seed=3)
 SIZES = ((64, 64), (128, 64), (64, 128))
-LONG = "a lighthouse at dusk, " * 40
+# By how many chunks of 75 tokens the tiny model's tokenizers make of them.
+PROMPTS = {1: "a lighthouse", 3: "a lighthouse at dusk, " * 16, 7: "a lighthouse at dusk, " * 40}
 
 
 @pytest.fixture(autouse=True)
@@ -65,10 +71,14 @@ def test_switches_sizes_and_prompts_compile_nothing_anew(device: str, tmp_path: 
     warm = graphs()
     worker = Worker(Settings(model_id="tiny", lora_cache_dir=tmp_path))
     worker.resident.use(pipeline)
+    for chunks, prompt in PROMPTS.items():
+        read = worker.run({"input": {"prompt": prompt, "prompt_syntax": "a1111", "inspect_prompt": True}})
+        assert len(read["inspection"]["prompt"]) == chunks
+    prompts = list(PROMPTS.values())
     for number in range(20):
         width, height = SIZES[number % 3]
         fields = {
-            "prompt": LONG if number % 2 else "a lighthouse",
+            "prompt": prompts[number // 3 % 3],
             "prompt_syntax": "a1111",
             "width": width,
             "height": height,
@@ -87,20 +97,71 @@ def test_switches_sizes_and_prompts_compile_nothing_anew(device: str, tmp_path: 
 
 def test_what_cannot_be_compiled_is_drawn_as_written(caplog: pytest.LogCaptureFixture):
     """A compiler that fails costs no job: the log says it once, and the picture is the plain one."""
-    request = GenerationRequest(prompt="a", width=64, height=64, num_inference_steps=1, scheduler="K_EULER", seed=3)
     pipeline = tiny("cpu")
-    (plain,) = render(pipeline, request)
+    (plain,) = render(pipeline, REQUEST)
 
     def broken(*_: object) -> None:
         raise RuntimeError("no compiler here")
 
     compiled.compile_in_place(pipeline, broken)
-    (drawn,) = render(pipeline, request)
+    (drawn,) = render(pipeline, REQUEST)
     assert np.abs(np.asarray(plain).astype(int) - np.asarray(drawn)).max() <= 1
     assert not compiled.is_compiled(pipeline)
     said = [record.message for record in caplog.records if "cannot be compiled here" in record.message]
     assert len(said) == 1
     assert "no compiler here" in said[0]
+
+
+def test_a_folder_that_takes_nothing_gives_way_to_a_local_one(caplog, monkeypatch, tmp_path: Path):
+    """A full or read-only volume is met when the first code is written, which is tried once more elsewhere."""
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, "/full")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folders = []
+
+    def writing(graph: torch.fx.GraphModule, _inputs: object) -> object:
+        folders.append((os.environ["TORCHINDUCTOR_CACHE_DIR"], os.environ["TRITON_CACHE_DIR"]))
+        if folders[-1][0] == "/full":
+            raise OSError(28, "No space left on device")
+        return graph.forward
+
+    pipeline = tiny("cpu")
+    compiled.compile_in_place(pipeline, writing)
+    render(pipeline, REQUEST)
+    assert compiled.is_compiled(pipeline)
+    assert folders[0] == ("/full", "/full")
+    assert {Path(folder).parent for pair in folders[1:] for folder in pair} == {tmp_path}
+    assert len(set(folders[1:])) == 1
+    assert "COMPILE_CACHE_DIR cannot be used (OSError: [Errno 28] No space left on device)" in caplog.text
+
+
+def test_a_shape_beyond_the_limit_of_graphs_is_drawn_as_written():
+    """One row for the UNet instead of two wants a graph of its own; the rest stays compiled."""
+    without_guidance = dataclasses.replace(REQUEST, guidance_scale=1.0)
+    pipeline = tiny("cpu")
+    (plain,) = render(pipeline, without_guidance)
+    compiled.compile_in_place(pipeline, "eager")
+    with torch._dynamo.config.patch(recompile_limit=1):
+        render(pipeline, REQUEST)
+        (drawn,) = render(pipeline, without_guidance)
+    assert np.abs(np.asarray(plain).astype(int) - np.asarray(drawn)).max() <= 1
+    assert compiled.is_compiled(pipeline)
+    assert graphs() == 1
+
+
+@pytest.mark.parametrize("when", ["compiling", "running"])
+def test_memory_that_runs_out_is_no_failure_of_the_compiler(when: str):
+    """It is the job's to hear of, and what is compiled stays so."""
+    pipeline = tiny("cpu")
+
+    def run(*_: object) -> object:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    compiled.compile_in_place(pipeline, run if when == "compiling" else lambda *_: run)
+    with pytest.raises(RuntimeError, match="CUDA out of memory") as caught:
+        render(pipeline, REQUEST)
+    assert is_out_of_memory(caught.value)
+    assert compiled.is_compiled(pipeline)
 
 
 INDUCTOR = """

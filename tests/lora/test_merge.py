@@ -2,36 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdxl_worker.lora.formats.low_rank import LowRank
 from sdxl_worker.lora.merge import Target, WeightMerger
+from tests.support.operations import Operations
 
 TARGET = Target("unet", "conv", "weight")
 ORDERS = (torch.contiguous_format, torch.channels_last)
 CPU_AND_GPU = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
-
-
-class Calls(TorchDispatchMode):
-    """Counts the operations inside by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: Counter[str] = Counter()
-        self.elements: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.names[func.overloadpacket.__name__] += 1
-        if isinstance(result, Tensor):
-            self.elements[func.overloadpacket.__name__] += result.numel()
-        return result
 
 
 def convolution(order: torch.memory_format, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
@@ -89,7 +70,7 @@ def test_a_channels_last_convolution_is_merged_by_the_same_operations(count):
         live = convolution(order)
         merger = WeightMerger({TARGET: live})
         merger.reserve([TARGET])
-        with Calls() as counted:
+        with Operations() as counted:
             merger.merge({TARGET: loras()[:count]})
         calls.append(counted)
     plain, channels_last = calls
