@@ -72,21 +72,26 @@ class ParsedLora:
             storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return sum(storages.values()) + OBJECT_BYTES * (len(tensors) + 1)
 
-    def changes_on(self, device: torch.device) -> dict[Target, Change]:
-        """The changes with their tensors on `device`: one transfer of the whole file instead of one per tensor."""
-        data = self.data
-        if device == data.device:
-            return self.matched.changes
-        moved = data.to(device, non_blocking=True)
+    def data_on(self, device: torch.device) -> torch.Tensor:
+        """`data` itself, or its copy on `device`: one transfer of the whole file, which may still be under way."""
+        return self.data.to(device, non_blocking=True)
+
+    def changes_in(self, data: torch.Tensor, targets: Collection[Target] | None = None) -> dict[Target, Change]:
+        """The changes, of `targets` where these are given, with their tensors in what `data_on` gave."""
+        chosen = (
+            self.matched.changes if targets is None else {target: self.matched.changes[target] for target in targets}
+        )
+        if data is self.data:
+            return chosen
 
         def move(tensor: torch.Tensor) -> torch.Tensor:
-            if tensor.untyped_storage().data_ptr() != data.untyped_storage().data_ptr():
-                return tensor.to(device, non_blocking=True)
-            begin = tensor.data_ptr() - data.data_ptr()
-            part = moved[begin : begin + tensor.numel() * tensor.element_size()]
+            if tensor.untyped_storage().data_ptr() != self.data.untyped_storage().data_ptr():
+                return tensor.to(data.device, non_blocking=True)
+            begin = tensor.data_ptr() - self.data.data_ptr()
+            part = data[begin : begin + tensor.numel() * tensor.element_size()]
             return part.view(tensor.dtype).view(tensor.shape)
 
-        return {target: map_tensors(change, move) for target, change in self.matched.changes.items()}
+        return {target: map_tensors(change, move) for target, change in chosen.items()}
 
 
 Lora = tuple[ParsedLora, LoraScale]
@@ -187,7 +192,7 @@ class LoraEngine:
         changes: dict[Target, list[tuple[Change, float]]] = {}
         for parsed, scale in loras:
             with files_memory():
-                moved = parsed.changes_on(self._device)
+                moved = parsed.changes_in(parsed.data_on(self._device))
             for target, change in moved.items():
                 strength = getattr(scale, target.component)
                 if strength:

@@ -14,6 +14,7 @@ import torch
 from sdxl_worker import topology
 from sdxl_worker.errors import AssetFileError, RestoreFailed
 from sdxl_worker.lora.engine import LoraEngine
+from sdxl_worker.lora.formats.format import tensors_of
 from sdxl_worker.lora.formats.low_rank import LowRank
 from sdxl_worker.request import LoraScale
 from tests.support.lora_files import FORMATS, LINEAR, kohya, lora, picture, save, weight_hash, whole_unet
@@ -138,6 +139,7 @@ import gc, os, sys
 from pathlib import Path
 from sdxl_worker import topology
 from sdxl_worker.lora.engine import LoraEngine
+from sdxl_worker.lora.formats.format import tensors_of
 from sdxl_worker.request import LoraScale
 
 def resident():
@@ -199,13 +201,15 @@ def test_no_ram_cache(pipeline, files):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_changes_on_another_device_are_the_same(name: str, pipeline, engine, tmp_path: Path, monkeypatch):
+def test_changes_on_another_device_are_the_same(name: str, pipeline, engine, tmp_path: Path):
     """One copy of the whole buffer, cut up again: on the CPU a second buffer stands in for the GPU's."""
     parsed = engine.read(save(tmp_path / "a.safetensors", whole_unet(pipeline.unet, name)[0]))
-    copied = torch.Tensor.to
-    monkeypatch.setattr(torch.Tensor, "to", lambda self, *_args, **_keywords: self.clone())
-    moved = parsed.changes_on(torch.device("cuda"))
-    monkeypatch.setattr(torch.Tensor, "to", copied)
+    assert parsed.data_on(torch.device("cpu")) is parsed.data
+    copy = parsed.data.clone()
+    moved = parsed.changes_in(copy)
+    assert copy.data_ptr() in {t.untyped_storage().data_ptr() for t in tensors_of(next(iter(moved.values())))}
+    first = next(iter(moved))
+    assert list(parsed.changes_in(copy, [first])) == [first]
     assert moved.keys() == parsed.matched.changes.keys()
     for target, change in parsed.matched.changes.items():
         weight = pipeline.unet.get_parameter(f"{target.module}.{target.parameter}")
