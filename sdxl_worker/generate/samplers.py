@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from sdxl_worker.generate.host_schedule import on_host
 from sdxl_worker.schedulers import AUTOMATIC, SCHEDULERS, SCHEDULES
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ _OF_ONE_SOLVER = frozenset({"algorithm_type", "solver_order", "solver_type", "lo
 
 @contextlib.contextmanager
 def applied(pipeline: StableDiffusionXLPipeline, request: GenerationRequest) -> Iterator[None]:
-    """Give the pipeline the request's sampler, and its own back whatever happens.
+    """Give the pipeline the request's sampler, whose steps do not wait for the device, and its own back in any case.
 
     Raises KeyError for a name that is not in the tables.
     """
@@ -33,7 +34,8 @@ def applied(pipeline: StableDiffusionXLPipeline, request: GenerationRequest) -> 
         request.scheduler, resident.config, request.schedule_type, own_levels=request.timesteps is None
     )
     try:
-        yield
+        with on_host(pipeline):
+            yield
     finally:
         pipeline.scheduler = resident
 
