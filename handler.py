@@ -16,7 +16,8 @@ from sdxl_worker.serving import launch
 from sdxl_worker.serving.mode import Mode
 
 if TYPE_CHECKING:
-    from sdxl_worker.lora.engine import AppliedLora, ParsedLora
+    from sdxl_worker.lora.engine import AppliedLora
+    from sdxl_worker.lora.parsed import ParsedLora
     from sdxl_worker.request import LoraScale
     from sdxl_worker.serving.service import Service
     from sdxl_worker.worker import Worker

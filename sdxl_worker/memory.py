@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import gc
 import traceback
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 # How CUDA, its libraries and the CPU's allocator word it where they do not raise torch.OutOfMemoryError.
 _WORDS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "can't allocate memory")
@@ -29,3 +33,11 @@ def free_memory(error: Exception) -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def free_bytes(device: torch.device) -> int:
+    """What is free on the GPU, with what torch keeps there for the next one who asks."""
+    import torch
+
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + kept

@@ -20,7 +20,8 @@ from sdxl_worker.generate.prepare import Prepared, inspected, prepare
 from sdxl_worker.job_run import Denoising, JobRun, NoProgress, Progress
 from sdxl_worker.kinds import EMBEDDING, LORA
 from sdxl_worker.logs import current_job
-from sdxl_worker.lora.engine import AppliedLora, LoraEngine, ParsedLora
+from sdxl_worker.lora.engine import AppliedLora, LoraEngine
+from sdxl_worker.lora.parsed import ParsedLora
 from sdxl_worker.lora.ready import make_ready
 from sdxl_worker.lora.schedule import LoraSchedule
 from sdxl_worker.memory import free_memory
@@ -227,17 +228,21 @@ class Worker:
 
         request = prepared.request
         on_step = functools.partial(_after_step, run, request.preview)
-        loras: LoraSchedule | None = None
+        loras = LoraSchedule(self.engine_of(pipeline), prepared.loras, run) if prepared.loras else None
         with ExitStack() as stack:
+            ahead = stack.enter_context(ExitStack())
+            if loras:
+                ahead.enter_context(loras.sent_ahead())
             stack.enter_context(run.device())
             stack.enter_context(self.health.watch())
             stack.enter_context(self.resident.attention())
             # Before the LoRAs: the refiner, which gets none, shares the second text encoder.
             refiner = self.resident.refiner
             refining = refiner.ready_for(request, prepared.embeddings) if refiner else None
-            if prepared.loras:
-                loras = LoraSchedule(self.engine_of(pipeline), prepared.loras, run)
+            if loras:
                 stack.enter_context(run.timed(loras.merged(), "applying_loras", "restoring"))
+            # The files' copies have done their work, and rendering may need their memory.
+            ahead.close()
             stack.enter_context(run.stage("denoising"))
             stack.enter_context(self.health.rendering())
             pictures = render(

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 
 from sdxl_worker.lora.merge import ACTIVATION_RESERVE
-from sdxl_worker.memory import free_memory, is_out_of_memory
+from sdxl_worker.memory import free_bytes, free_memory, is_out_of_memory
 
 # Two pictures of 1024 x 1024: what ACTIVATION_RESERVE is known to be enough for.
 MAX_BATCH_PIXELS = 2 * 1024 * 1024
@@ -45,12 +45,6 @@ def most_at_once(device: torch.device, pixels: int, reserved: int = 0) -> int:
     """
     most = MAX_BATCH_PIXELS if device.type != "cuda" else (free_bytes(device) - reserved) // BYTES_PER_PIXEL
     return max(1, most // pixels)
-
-
-def free_bytes(device: torch.device) -> int:
-    """What is free on the GPU, with what torch keeps there for the next one who asks."""
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(torch.cuda.mem_get_info(device)[0]) + kept
 
 
 def in_batches(forms: Sequence[Hashable], size: int, draw: Callable[[Sequence[int], int], Sequence[T]]) -> list[T]:

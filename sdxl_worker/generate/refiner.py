@@ -15,7 +15,7 @@ import torch
 from sdxl_worker import prompts
 from sdxl_worker.errors import AssetFileError, ModelUnavailable
 from sdxl_worker.generate.base_model import BaseModel, find_refiner
-from sdxl_worker.generate.batches import MIN_FREE_BYTES, free_bytes
+from sdxl_worker.generate.batches import MIN_FREE_BYTES
 from sdxl_worker.generate.checkpoint_facts import NOT_A_CHECKPOINT, REFINER, read_checkpoint
 from sdxl_worker.generate.infotext import model_name
 from sdxl_worker.generate.load import cannot_be_loaded, pipeline_from, reading
@@ -23,6 +23,7 @@ from sdxl_worker.generate.model_hash import start_hashing
 from sdxl_worker.generate.modes import Inputs, Pass, fitted
 from sdxl_worker.generate.tiny_refiner import build_refiner
 from sdxl_worker.lora.merge import ACTIVATION_RESERVE
+from sdxl_worker.memory import free_bytes
 from sdxl_worker.request import GenerationRequest
 from sdxl_worker.request.refinement import Refinement, refinement_of
 from sdxl_worker.settings import Settings

@@ -3,95 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
-from sdxl_worker.background import in_background
-from sdxl_worker.lora.file import LoraFacts, autov3, read_lora
-from sdxl_worker.lora.formats.format import Change, map_tensors, tensors_of
+from sdxl_worker.lora.file import read_lora
+from sdxl_worker.lora.formats.format import Change
 from sdxl_worker.lora.keys import COMPONENTS, UNET, ResidentModules
-from sdxl_worker.lora.match import Matched, match_lora
+from sdxl_worker.lora.match import match_lora
 from sdxl_worker.lora.merge import Target, WeightMerger, files_memory
-from sdxl_worker.prompts.bundled import Bundled, bundled_in
+from sdxl_worker.lora.parsed import ParsedLora
+from sdxl_worker.lora.transfer import Sender, sender_for
+from sdxl_worker.prompts.bundled import bundled_in
 from sdxl_worker.prompts.vectors import widths_of
 from sdxl_worker.request import LoraScale
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
-
-
-# What a tensor costs beside its data: the views, their places in the model, their share of dicts and of names.
-OBJECT_BYTES = 2048
-
-
-@dataclass(frozen=True)
-class ParsedLora:
-    """A LoRA file in host memory, checked and matched to the resident model; `warnings` are for the answer.
-
-    `data` (uint8, 1-D) is the file's, of which the tensors of `matched` are views where nothing had to be computed.
-    """
-
-    facts: LoraFacts
-    matched: Matched = field(repr=False)
-    data: torch.Tensor = field(repr=False)
-    bundled: Bundled = field(default_factory=Bundled, repr=False)
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """What to tell the caller."""
-        return (*self.matched.warnings, *self.bundled.warnings)
-
-    @property
-    def autov3(self) -> str:
-        """Waits for what start_hashing began."""
-        return self._hashing.result()
-
-    def start_hashing(self) -> None:
-        """Compute `autov3` once, beside what else is done: it takes 0.2 s for a large file."""
-        _ = self._hashing
-
-    @functools.cached_property
-    def _hashing(self) -> Future[str]:
-        return in_background(lambda: autov3(self.data), "AutoV3")
-
-    @functools.cached_property
-    def size(self) -> int:
-        """Bytes of host memory: the file's data, what was computed from it, and the objects that hold both."""
-        storages = {self.data.untyped_storage().data_ptr(): self.data.untyped_storage().nbytes()}
-        tensors = [tensor for change in self.matched.changes.values() for tensor in tensors_of(change)]
-        for tensor in tensors:
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return sum(storages.values()) + OBJECT_BYTES * (len(tensors) + 1)
-
-    def data_on(self, device: torch.device) -> torch.Tensor:
-        """`data` itself, or its copy on `device`: one transfer of the whole file, which may still be under way."""
-        return self.data.to(device, non_blocking=True)
-
-    def changes_in(self, data: torch.Tensor, targets: Collection[Target] | None = None) -> dict[Target, Change]:
-        """The changes, of `targets` where these are given, with their tensors in what `data_on` gave."""
-        chosen = (
-            self.matched.changes if targets is None else {target: self.matched.changes[target] for target in targets}
-        )
-        if data is self.data:
-            return chosen
-
-        def move(tensor: torch.Tensor) -> torch.Tensor:
-            if tensor.untyped_storage().data_ptr() != self.data.untyped_storage().data_ptr():
-                return tensor.to(data.device, non_blocking=True)
-            begin = tensor.data_ptr() - self.data.data_ptr()
-            part = data[begin : begin + tensor.numel() * tensor.element_size()]
-            return part.view(tensor.dtype).view(tensor.shape)
-
-        return {target: map_tensors(change, move) for target, change in chosen.items()}
 
 
 Lora = tuple[ParsedLora, LoraScale]
@@ -118,10 +50,13 @@ def layers_of(lora: Lora, components: Collection[str] = COMPONENTS) -> int:
 
 
 class LoraEngine:
-    """The LoRA side of one resident pipeline. Only `read`, which touches no weight, may run beside a render."""
+    """The LoRA side of a resident pipeline. `read` and `sent_ahead`, which touch no weight, may run beside a render."""
 
-    def __init__(self, pipeline: StableDiffusionXLPipeline, ram_cache_bytes: int):
-        """`ram_cache_bytes` bounds the parsed files kept in host memory, least recently used out first."""
+    def __init__(self, pipeline: StableDiffusionXLPipeline, ram_cache_bytes: int, sender: Sender | None = None) -> None:
+        """`ram_cache_bytes` bounds the parsed files kept in host memory, least recently used out first.
+
+        `sender` copies files to the device before they are merged; by default on a stream of its own on a GPU.
+        """
         self._modules = ResidentModules({name: getattr(pipeline, name) for name in COMPONENTS})
         self._live = {
             Target(component, name, parameter): tensor
@@ -135,6 +70,7 @@ class LoraEngine:
         self._cache_bytes = ram_cache_bytes
         self._cache_lock = threading.Lock()
         self._device = pipeline.device
+        self._sender = sender or sender_for(self._device)
         self._widths = widths_of(pipeline)
 
     def read(self, path: Path) -> ParsedLora:
@@ -155,6 +91,18 @@ class LoraEngine:
             parsed = ParsedLora(content.facts, matched, content.data, bundled)
         self._remember(key, parsed)
         return parsed
+
+    @contextlib.contextmanager
+    def sent_ahead(self, loras: Iterable[Lora]) -> Iterator[None]:
+        """Inside, the files are on the device or on their way there, as far as it has memory to spare for them.
+
+        May begin while another job renders; touches no weight. The first `apply` inside copies only what is missing.
+        """
+        with contextlib.ExitStack() as stack:
+            if self._sender is not None:
+                for parsed, _ in loras:
+                    stack.enter_context(parsed.host_data.sent_ahead(self._sender))
+            yield
 
     def apply(self, loras: Sequence[Lora]) -> list[AppliedLora]:
         """Merge the LoRAs, all from the pristine weights, replacing whatever was merged; one AppliedLora each.

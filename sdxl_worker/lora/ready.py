@@ -14,7 +14,8 @@ from sdxl_worker.errors import AssetFileError, FetchError, about
 from sdxl_worker.few_step import FewStep, named, recognised
 from sdxl_worker.job_run import JobRun
 from sdxl_worker.kinds import LORA
-from sdxl_worker.lora.engine import AppliedLora, LoraEngine, ParsedLora
+from sdxl_worker.lora.engine import AppliedLora, LoraEngine
+from sdxl_worker.lora.parsed import ParsedLora
 from sdxl_worker.lora.used import UsedLora
 from sdxl_worker.prompts.embeddings import Embedding
 from sdxl_worker.request import LoraSpec

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 
 from sdxl_worker.job_run import JobRun
 from sdxl_worker.lora.engine import AppliedLora, LoraEngine, layers_of
@@ -34,6 +35,10 @@ class LoraSchedule:
         None where nothing ever changes. Raises LoraIncompatible and RestoreFailed; `merged` then puts all back.
         """
         return None if all(span.is_whole for span in self._spans) else self._before_step
+
+    def sent_ahead(self) -> AbstractContextManager[None]:
+        """Inside, what the first step's LoRAs need is on its way to the device, which another job may still use."""
+        return self._engine.sent_ahead(self._those(self._merged))
 
     @contextlib.contextmanager
     def merged(self) -> Iterator[None]:

@@ -11,8 +11,9 @@ import torch
 
 from sdxl_worker.errors import Cancelled
 from sdxl_worker.generate import batches
-from sdxl_worker.generate.batches import free_bytes, in_batches, most_at_once
+from sdxl_worker.generate.batches import in_batches, most_at_once
 from sdxl_worker.generate.render import render
+from sdxl_worker.memory import free_bytes
 from sdxl_worker.request import GenerationRequest
 from tests.support.lora_files import weight_hash
 from tests.support.pictures import farthest
