@@ -52,6 +52,7 @@ def test_every_field_arrives_as_it_was_asked_for():
         "eta": 0.5,
         "guidance_scale": 2.5,
         "guidance_rescale": 0.25,
+        "cfg_end": 0.5,
         "num_images": 4,
         "image_url": "https://example.com/a.png",
         "mask_url": "https://example.com/b.png",

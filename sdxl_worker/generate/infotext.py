@@ -121,7 +121,7 @@ def _hires_facts(request: GenerationRequest) -> dict[str, Any]:
 
 
 def _sampler_facts(request: GenerationRequest) -> dict[str, Any]:
-    """What A1111 writes, and two things that it does not have."""
+    """What A1111 writes, and what it does not have: timesteps, and how guidance is changed."""
     scheduler = SCHEDULERS[request.scheduler]
     facts: dict[str, Any] = {
         "Steps": request.num_inference_steps,
@@ -134,6 +134,8 @@ def _sampler_facts(request: GenerationRequest) -> dict[str, Any]:
         facts["Timesteps"] = " ".join(map(str, request.timesteps))
     if request.guidance_rescale:
         facts["Guidance rescale"] = f"{request.guidance_rescale:g}"
+    if request.cfg_end < 1 < request.guidance_scale:
+        facts["CFG end"] = f"{request.cfg_end:g}"
     return facts
 
 

@@ -36,8 +36,10 @@ class Pass:
     steps and guidance. `image` makes this argument from what the pass before gave, the batch in its `output_type`,
     "latent" or "pt"; the first pass has none. `conditioning` is this pass's own, where it has other text encoders than
     the rest. `around` is entered for the call, and left again whatever happens; it takes `device_bytes` of the device's
-    memory. `has_loras` says whether LoRAs reach the view's weights. `seeds_anew` gives the call fresh generators of the
-    pictures' seeds, instead of those that the pass before has drawn from.
+    memory. `has_loras` says whether LoRAs reach the view's weights. `goes_on`: its steps are the end of the run
+    that the pass before began. `guided_steps` are those after which there is no more guidance, None = the arguments'
+    guidance to the end. `seeds_anew` gives the call fresh generators of the pictures' seeds, instead of those that the
+    pass before has drawn from.
     """
 
     view: Any
@@ -48,6 +50,8 @@ class Pass:
     around: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
     device_bytes: int = 0
     has_loras: bool = True
+    goes_on: bool = False
+    guided_steps: int | None = None
     seeds_anew: bool = False
 
     def giving_latents(self, denoising_end: float | None = None) -> Pass:

@@ -106,6 +106,7 @@ class Refining:
             around=self.refiner.turn,
             device_bytes=size_of(self.refiner.pipeline.unet) if self.refiner.waits_in_host_memory else 0,
             has_loras=False,
+            goes_on=plan.strength is None,
         )
 
 

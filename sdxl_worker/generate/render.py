@@ -16,6 +16,7 @@ from sdxl_worker.errors import GenerationError
 from sdxl_worker.generate import samplers, vae
 from sdxl_worker.generate.batches import MAX_BATCH_PIXELS, Steps, in_batches, most_at_once
 from sdxl_worker.generate.calls import unet_calls
+from sdxl_worker.generate.guidance import call_without_guidance, with_guidance_ending
 from sdxl_worker.generate.hires import with_second_pass
 from sdxl_worker.generate.images import pictures_in
 from sdxl_worker.generate.infotext import image_seed
@@ -65,6 +66,9 @@ def render(
         if refining is not None:
             changes.enter_context(samplers.applied(refining.refiner.pipeline, request))
             passes = refining.passes(passes, request, inputs)
+        if request.cfg_end < 1 < request.guidance_scale:
+            calls = [unet_calls(step.view, _arguments(request, step)) for step in passes]
+            passes = with_guidance_ending(passes, calls, request.cfg_end)
         drawing = _Drawing(pipeline, request, passes, conditioning, on_step, before_step)
         return [mode.completed(picture, request, inputs) for picture in drawing.pictures()]
 
@@ -83,7 +87,7 @@ class _Drawing:
     def pictures(self) -> list[Image]:
         """Every picture, one batch after the other."""
         pixels = math.prod(self.request.final_size)
-        calls = [unet_calls(step.view, self._arguments(step)) for step in self.passes] if self.on_step else []
+        calls = [unet_calls(step.view, _arguments(self.request, step)) for step in self.passes] if self.on_step else []
         steps = Steps(sum(calls))
 
         def draw(batch: Sequence[int], later: int) -> list[Image]:
@@ -114,15 +118,6 @@ class _Drawing:
     def _generators(self, seeds: Sequence[int]) -> list[torch.Generator]:
         return [torch.Generator(self.pipeline.device).manual_seed(seed) for seed in seeds]
 
-    def _arguments(self, step: Pass) -> dict[str, Any]:
-        request = self.request
-        guidance = {"guidance_scale": request.guidance_scale, "guidance_rescale": request.guidance_rescale}
-        common = {**samplers.call_arguments(request), **guidance, "output_type": step.output_type}
-        if "num_inference_steps" in step.arguments:
-            # A list is for the steps that the request has.
-            common.pop("timesteps", None)
-        return {**common, **step.arguments}
-
     def _pass(
         self,
         step: Pass,
@@ -133,13 +128,15 @@ class _Drawing:
     ) -> torch.Tensor:
         conditioning = step.conditioning or self.conditioning
         # What a pass says itself comes last.
-        arguments = {**conditioning.arguments(batch), **_for_each(self._arguments(step), len(batch))}
+        arguments = {**conditioning.arguments(batch), **_for_each(_arguments(self.request, step), len(batch))}
         if step.image is not None:
             assert before is not None
             arguments["image"] = step.image(before)
         before_step = self.before_step if step.has_loras else None
-        if self.on_step or before_step:
-            arguments["callback_on_step_end"] = self._step_callback(before_step, steps)
+        if step.guided_steps is not None:
+            arguments["callback_on_step_end_tensor_inputs"] = step.view._callback_tensor_inputs
+        if self.on_step or before_step or step.guided_steps is not None:
+            arguments["callback_on_step_end"] = self._step_callback(step, before_step, steps)
         if before_step:
             before_step(0.0)
         with step.around():
@@ -151,18 +148,31 @@ class _Drawing:
             )
         return drawn
 
-    def _step_callback(self, before_step: BeforeStep | None, steps: Steps) -> Callable[..., dict[str, torch.Tensor]]:
-        def after_step(view: Any, step: int, _time: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _step_callback(
+        self, this: Pass, before_step: BeforeStep | None, steps: Steps
+    ) -> Callable[..., dict[str, torch.Tensor]]:
+        def after_call(view: Any, call: int, _time: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             steps.done += 1
             if self.on_step:
                 self.on_step(steps.done, steps.total, tensors["latents"])
-            if before_step and step + 1 < view.num_timesteps:
-                # A scheduler of order 2 goes through each step but the last in two calls, one after the other.
-                order = view.scheduler.order
-                before_step((step + 1) // order / -(-view.num_timesteps // order))
-            return {}
+            # A scheduler of order 2 goes through each step but the last in two calls, one after the other.
+            order = view.scheduler.order
+            if before_step and call + 1 < view.num_timesteps:
+                before_step((call + 1) // order / -(-view.num_timesteps // order))
+            ends = this.guided_steps is not None and call + 1 == this.guided_steps * order
+            return call_without_guidance(view, tensors) if ends else {}
 
-        return after_step
+        return after_call
+
+
+def _arguments(request: GenerationRequest, step: Pass) -> dict[str, Any]:
+    """Those of the pass's call beside prompts, pictures and generators."""
+    guidance = {"guidance_scale": request.guidance_scale, "guidance_rescale": request.guidance_rescale}
+    common = {**samplers.call_arguments(request), **guidance, "output_type": step.output_type}
+    if "num_inference_steps" in step.arguments:
+        # A list is for the steps that the request has.
+        common.pop("timesteps", None)
+    return {**common, **step.arguments}
 
 
 def _for_each(arguments: dict[str, Any], pictures: int) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from sdxl_worker.request.sampler_names import find_schedule, find_scheduler
+from sdxl_worker.request.values import SPAN_TOLERANCE
 from sdxl_worker.schedulers import AUTOMATIC, SCHEDULERS, SCHEDULES
 from sdxl_worker.text import shown
 
@@ -100,4 +102,23 @@ def sampling_warnings(values: Mapping[str, Any]) -> list[str]:
         warnings.append(f"eta has no effect with scheduler {scheduler.name}; it is for {others}")
     if values["guidance_rescale"] > 0 and values["guidance_scale"] <= 1:
         warnings.append("guidance_rescale has no effect where guidance_scale is at most 1")
-    return warnings
+    return warnings + _cfg_end_warnings(values)
+
+
+def guided_steps(steps: int, share: float) -> int:
+    """How many of a run's `steps` have guidance where `cfg_end` is `share`: those with less than it behind them."""
+    return max(0, min(steps, math.ceil((share - SPAN_TOLERANCE) * steps)))
+
+
+def _cfg_end_warnings(values: Mapping[str, Any]) -> list[str]:
+    share, steps = values["cfg_end"], values["num_inference_steps"]
+    if share == 1:
+        return []
+    if values["guidance_scale"] <= 1:
+        return ["cfg_end has no effect where guidance_scale is at most 1"]
+    scheduler = SCHEDULERS[values["scheduler"]]
+    run = -(-scheduler.calls(steps) // scheduler.order)
+    # Of a run that leaves out its first steps this holds all the more; other passes have numbers of their own.
+    if values["hires"] is None and not values["refiner"] and guided_steps(run, share) == run:
+        return [f"cfg_end {share:g} has no effect in {steps} steps: less than that share lies behind the last one"]
+    return []

@@ -62,6 +62,12 @@ def test_the_sampler_as_a1111_writes_it():
     assert (settings["Timesteps"], settings["Guidance rescale"]) == ("999 499", "0.7")
 
 
+def test_what_leaves_calculations_out_is_said_where_it_does():
+    assert settings_of(infotext(GenerationRequest("a", cfg_end=0.6), 0, "m"))["CFG end"] == "0.6"
+    assert "CFG end" not in infotext(GenerationRequest("a", cfg_end=1), 0, "m")
+    assert "CFG end" not in infotext(GenerationRequest("a", cfg_end=0.6, guidance_scale=1), 0, "m")
+
+
 def test_strength_is_there_for_image_to_image_only():
     request = GenerationRequest(prompt="a", image_url="https://a/b.png", strength=0.4)
     assert settings_of(infotext(request, 0, "tiny"))["Denoising strength"] == "0.4"

@@ -9,6 +9,7 @@ import pytest
 from schemas import validate_request
 from sdxl_worker.errors import InvalidRequest
 from sdxl_worker.request import GenerationRequest
+from sdxl_worker.request.sampling import guided_steps
 
 SMALL = {"prompt": "a", "width": 64, "height": 64}
 
@@ -166,6 +167,28 @@ def test_what_has_no_effect_is_said():
     )
 
 
-@pytest.mark.parametrize(("field", "value"), [("eta", -0.1), ("eta", 1.1), ("eta", "0"), ("guidance_rescale", 2)])
+def test_guidance_that_does_not_end_is_said():
+    assert valid(cfg_end=0.6).warnings == valid(cfg_end=0).warnings == valid(cfg_end=1).warnings == ()
+    assert valid(cfg_end=0.6, guidance_scale=1).warnings == ("cfg_end has no effect where guidance_scale is at most 1",)
+    said = ("cfg_end 0.95 has no effect in 10 steps: less than that share lies behind the last one",)
+    assert valid(cfg_end=0.95, num_inference_steps=10).warnings == said
+    assert valid(cfg_end=0.95, num_inference_steps=10, scheduler="Heun").warnings == said
+    # PNDM makes eleven steps, and 10 / 11 lies above 0.905.
+    assert valid(cfg_end=0.95, num_inference_steps=40).warnings == ()
+    assert valid(cfg_end=0.95, num_inference_steps=10, hires={}).warnings == ()
+    assert valid(cfg_end=0.905, num_inference_steps=10, scheduler="PNDM").warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("steps", "share", "guided"), [(20, 0.6, 12), (4, 0.5, 2), (4, 0.51, 3), (10, 0.1 + 0.2, 3), (5, 0, 0), (5, 1, 5)]
+)
+def test_steps_with_guidance_are_those_before_which_less_than_the_share_lies(steps: int, share: float, guided: int):
+    assert guided_steps(steps, share) == guided
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("eta", -0.1), ("eta", 1.1), ("eta", "0"), ("guidance_rescale", 2), ("cfg_end", -0.1), ("cfg_end", 1.1)],
+)
 def test_ranges(field: str, value: Any):
     assert problem(**{field: value}).startswith(f"{field} must be a number from 0 to 1, not")
