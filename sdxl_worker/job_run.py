@@ -46,17 +46,19 @@ class Downloading:
 
 @dataclass(frozen=True)
 class Denoising:
-    """`step` of `steps` is done; `preview` makes a data URI of where the picture stands, if one was asked for."""
+    """`step` of `steps` is done; `preview` begins a picture of where it stands, if one was asked for.
+
+    What `preview` gives makes the data URI, in any thread.
+    """
 
     step: int
     steps: int
-    preview: Callable[[], str] | None = None
+    preview: Callable[[], Callable[[], str]] | None = None
     name: ClassVar[str] = "denoising"
 
     def as_json(self) -> dict[str, Any]:
-        """What RunPod is told; makes the preview."""
-        entry = {"stage": self.name, "step": self.step, "steps": self.steps}
-        return entry if self.preview is None else {**entry, "preview": self.preview()}
+        """What RunPod is told, without the preview."""
+        return {"stage": self.name, "step": self.step, "steps": self.steps}
 
 
 ProgressEvent = Stage | Downloading | Denoising

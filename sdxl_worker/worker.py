@@ -36,13 +36,15 @@ from sdxl_worker.serving.delivery import deliver
 from sdxl_worker.serving.faults import Health, as_worker_error
 from sdxl_worker.serving.fitness import checks, startup_line
 from sdxl_worker.serving.mode import Mode
-from sdxl_worker.serving.progress import BarProgress, RunPodProgress, preview_jpeg
+from sdxl_worker.serving.progress import BarProgress, RunPodProgress
 from sdxl_worker.serving.turns import Turns
 from sdxl_worker.serving.upload import bucket_is_configured
 from sdxl_worker.settings import Settings
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
+
+    from sdxl_worker.generate.previews import Previews
 
 
 logger = logging.getLogger(__name__)
@@ -224,10 +226,11 @@ class Worker:
 
     def _draw(self, pipeline: Any, prepared: Prepared, run: JobRun) -> tuple[list[Image], list[AppliedLora]]:
         """Render on the device, with the LoRAs merged in; all that this takes is undone in reverse whatever happens."""
+        from sdxl_worker.generate.previews import Previews
         from sdxl_worker.generate.render import render
 
         request = prepared.request
-        on_step = functools.partial(_after_step, run, request.preview)
+        on_step = functools.partial(_after_step, run, Previews() if request.preview else None)
         loras = LoraSchedule(self.engine_of(pipeline), prepared.loras, run) if prepared.loras else None
         with ExitStack() as stack:
             ahead = stack.enter_context(ExitStack())
@@ -262,7 +265,7 @@ def _listed(setting: str) -> list[str]:
     return [text.strip() for text in setting.split(",") if text.strip()]
 
 
-def _after_step(run: JobRun, with_preview: bool, step: int, steps: int, latents: Any) -> None:
+def _after_step(run: JobRun, previews: Previews | None, step: int, steps: int, latents: Any) -> None:
     run.check_stop()
-    preview = functools.partial(preview_jpeg, latents) if with_preview else None
+    preview = functools.partial(previews.begin, latents) if previews else None
     run.progress.update(Denoising(step, steps, preview))

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import io
+import contextvars
 import logging
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 from tqdm import tqdm
 
 from sdxl_worker.job_run import Denoising, Downloading, ProgressEvent
-
-if TYPE_CHECKING:
-    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -24,16 +21,11 @@ MIN_SECONDS_BETWEEN_UPDATES = 1.0
 MIN_SECONDS_BETWEEN_STAGES = 0.2
 # The SDK tries an update three times with about two seconds between; after this the answer goes out all the same.
 MAX_SECONDS_IN_FLIGHT = 30.0
-PREVIEW_QUALITY = 70
-
-# SDXL latents to RGB, one row per colour, and the offsets.
-# https://huggingface.co/blog/TimothyAlexisVass/explaining-the-sdxl-latent-space
-_LATENT_TO_RGB = ((60.0, -60.0, 25.0, -70.0), (60.0, -5.0, 15.0, -50.0), (60.0, 10.0, -5.0, -35.0))
-_RGB_OFFSET = (150.0, 140.0, 130.0)
+PREVIEW_FAILED = "a preview failed"
 
 
 class RunPodProgress:
-    """Sends updates through the SDK: at most one a second, and never two at a time.
+    """Sends updates through the SDK: at most one a second, and never two at a time, previews included.
 
     An update that arrives after the answer leaves the job IN_PROGRESS for ever
     (https://github.com/runpod/runpod-python/issues/250), so `close` waits for the one on its way.
@@ -55,22 +47,33 @@ class RunPodProgress:
                 return
             self._last_sent, self._last_stage = time.monotonic(), event.name
             try:
-                self._in_flight = self._send(event.as_json())
+                self._in_flight = self._send(event.as_json(), _begun_preview(event))
             except Exception:
                 # A job must not fail because its progress could not be told.
                 logger.warning("progress update failed", exc_info=True)
 
-    def _send(self, progress: dict[str, Any]) -> threading.Thread:
-        """Start the SDK's update in a thread of ours: the SDK's own `progress_update` keeps its thread to itself."""
+    def _send(self, progress: dict[str, Any], preview: Callable[[], str] | None) -> threading.Thread:
+        """Start the SDK's update in a thread of ours: the SDK's own `progress_update` keeps its thread to itself.
+
+        The preview is finished there, while the run goes on; one that the job's end overtakes is not sent any more.
+        """
         from runpod.serverless.modules import rp_progress
 
         def post() -> None:
+            try:
+                if preview is not None:
+                    progress["preview"] = preview()
+                    if self._closed:
+                        return
+            except Exception:
+                logger.warning(PREVIEW_FAILED, exc_info=True)
             try:
                 rp_progress._thread_target(self._job, progress)
             except Exception:
                 logger.warning("progress update failed", exc_info=True)
 
-        thread = threading.Thread(target=post, name="progress", daemon=True)
+        context = contextvars.copy_context()
+        thread = threading.Thread(target=context.run, args=(post,), name="progress", daemon=True)
         thread.start()
         return thread
 
@@ -81,6 +84,15 @@ class RunPodProgress:
             self._in_flight.join(MAX_SECONDS_IN_FLIGHT)
             if self._in_flight.is_alive():
                 logger.warning("a progress update is still on its way after %g s", MAX_SECONDS_IN_FLIGHT)
+
+
+def _begun_preview(event: ProgressEvent) -> Callable[[], str] | None:
+    """What makes the event's preview; None where it has none, or none could be begun."""
+    try:
+        return event.preview() if isinstance(event, Denoising) and event.preview else None
+    except Exception:
+        logger.warning(PREVIEW_FAILED, exc_info=True)
+        return None
 
 
 class BarProgress:
@@ -111,18 +123,3 @@ class BarProgress:
         with self._lock:
             if self._bar is not None:
                 self._bar.close()
-
-
-def preview_jpeg(latents: torch.Tensor) -> str:
-    """A rough picture of the first of `latents` (n, 4, h, w) as a JPEG data URI of w x h pixels."""
-    import torch
-    from PIL import Image
-
-    first = latents[0].detach().float()
-    weights = torch.tensor(_LATENT_TO_RGB, device=first.device)
-    offset = torch.tensor(_RGB_OFFSET, device=first.device)[:, None, None]
-    colours = torch.einsum("cl,lhw->chw", weights, first) + offset
-    pixels = colours.nan_to_num(0.0).clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="JPEG", quality=PREVIEW_QUALITY)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"

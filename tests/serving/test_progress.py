@@ -1,18 +1,13 @@
 """Progress through the SDK: throttled, one at a time, none in flight after close."""
 
-import base64
-import io
 import threading
 
-import numpy as np
 import pytest
-import torch
-from PIL import Image
 from runpod.serverless.modules import rp_http
 
 from sdxl_worker.job_run import Denoising, Downloading, ProgressEvent, Stage
 from sdxl_worker.serving import progress as progress_module
-from sdxl_worker.serving.progress import BarProgress, RunPodProgress, preview_jpeg
+from sdxl_worker.serving.progress import BarProgress, RunPodProgress
 from tests.integration.queue_server import QueueServer
 
 # Only bounds a hang.
@@ -109,33 +104,65 @@ def test_never_two_at_a_time(queue, clock):
     assert [entry["step"] for entry in sent(queue)] == [0]
 
 
-def test_values_are_made_only_when_sent_and_their_failure_is_not_the_jobs(queue, clock, caplog):
-    made: list[str] = []
+def test_a_preview_is_begun_only_when_it_is_sent(queue, clock):
+    begun: list[int] = []
+    reporter = RunPodProgress({"id": "j"})
+    for step in (1, 2):
+
+        def begin(step: int = step):
+            begun.append(step)
+            return lambda: f"picture {step}"
+
+        reporter.update(Denoising(step, 8, begin))
+    reporter.close()
+    assert begun == [1]
+    assert sent(queue) == [{"stage": "denoising", "step": 1, "steps": 8, "preview": "picture 1"}]
+
+
+def test_the_run_does_not_wait_for_a_preview(queue, clock):
+    release = threading.Event()
     reporter = RunPodProgress({"id": "j"})
 
-    def preview() -> str:
-        made.append("data:")
-        return "data:"
+    def finish() -> str:
+        release.wait(PATIENCE)
+        return "picture"
 
-    reporter.update(Denoising(1, 8, preview))
-    reporter.update(Denoising(2, 8, preview))
-    clock.now += 5
+    for step in (1, 2, 3):
+        clock.now += 2
+        reporter.update(Denoising(step, 8, lambda: finish))
+    assert sent(queue) == []
+    release.set()
+    landed(reporter)
+    clock.now += 2
+    reporter.update(Denoising(4, 8))
     reporter.close()
-    assert made == ["data:"]
-    broken = RunPodProgress({"id": "j"})
-    broken.update(Denoising(1, 8, lambda: str(1 / 0)))
-    broken.close()
-    assert "progress update failed" in caplog.text
+    assert [(entry["step"], entry.get("preview")) for entry in sent(queue)] == [(1, "picture"), (4, None)]
 
 
-def test_preview_is_a_small_jpeg_of_the_first_picture():
-    latents = torch.zeros(2, 4, 8, 16)
-    latents[0, 0, :, :8] = 1.0
-    image = Image.open(io.BytesIO(base64.b64decode(preview_jpeg(latents).partition(",")[2])))
-    assert (image.format, image.size) == ("JPEG", (16, 8))
-    pixels = np.asarray(image).astype(int)
-    assert (pixels[4, 2] > pixels[4, 13]).all()
-    preview_jpeg(torch.full((1, 4, 2, 2), torch.nan))
+def test_a_preview_that_the_job_s_end_overtakes_is_not_sent(queue, monkeypatch):
+    release = threading.Event()
+    reporter = RunPodProgress({"id": "j"})
+    reporter.update(Denoising(1, 8, lambda: lambda: str(release.wait(PATIENCE))))
+    thread = reporter._in_flight
+    assert thread is not None
+
+    def join(timeout: float) -> None:
+        release.set()
+        threading.Thread.join(thread, timeout)
+
+    monkeypatch.setattr(thread, "join", join)
+    reporter.close()
+    assert not thread.is_alive()
+    assert sent(queue) == []
+
+
+@pytest.mark.parametrize("preview", [lambda: 1 / 0, lambda: lambda: str(1 / 0)], ids=["begun", "finished"])
+def test_a_preview_that_fails_leaves_the_rest_of_the_update(queue, preview, caplog):
+    reporter = RunPodProgress({"id": "j"})
+    reporter.update(Denoising(1, 8, preview))
+    reporter.close()
+    assert sent(queue) == [{"stage": "denoising", "step": 1, "steps": 8}]
+    assert "a preview failed" in caplog.text
 
 
 def test_the_bar_shows_stage_steps_and_bytes(capsys):
