@@ -3,6 +3,7 @@ there, and with COMPILE=0. Each in a process of its own, as a worker does it, on
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -15,6 +16,11 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 # What a process is to be stopped after, where a compiler hangs.
 LONGEST_S = 420
+
+
+def run_on(_pipeline: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """`compile_cache_on` as a figure of `bench.gpu`; the processes build pipelines of their own."""
+    return compile_cache_on(options.device, options.size, options.backend)
 
 
 def compile_cache_on(device: str, side: int, backend: str = "inductor") -> dict[str, Any]:
@@ -79,7 +85,7 @@ def _first_picture(device: str, side: int, compiled: int, folder: str, backend: 
 
     torch.set_num_threads(1)
     times = {"imports_s": time.time()}
-    pipeline = random_pipeline(device, tiny=True)
+    pipeline = random_pipeline(device, "full" if device == "cuda" else "tiny")
     times["model_s"] = time.time()
     if compiled:
         compiling.compile_in_place(pipeline, backend)

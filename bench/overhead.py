@@ -12,6 +12,7 @@ bench/results/.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import logging
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ import torch
 from PIL import Image
 
 import handler
+from bench.instruments import spread
 from bench.report import machine, table, write_result
 from schemas import validate_request
 from sdxl_worker import topology
@@ -53,35 +56,53 @@ class JobLines(logging.Handler):
         for stage, milliseconds in json.loads(record.getMessage())["ms"].items():
             self.stages[stage].append(milliseconds)
 
+    @contextlib.contextmanager
+    def collected(self) -> Iterator[None]:
+        """Inside, each job's line comes here and nowhere else."""
+        jobs_logger = logging.getLogger("sdxl_worker.job_run")
+        before = jobs_logger.level, jobs_logger.propagate
+        jobs_logger.setLevel(logging.INFO)
+        jobs_logger.propagate = False
+        jobs_logger.addHandler(self)
+        try:
+            yield
+        finally:
+            jobs_logger.removeHandler(self)
+            jobs_logger.setLevel(before[0])
+            jobs_logger.propagate = before[1]
+
 
 def request_overhead(repeats: int, side: int, steps: int) -> dict[str, Any]:
-    """Seconds of whole requests and of bare calls, alternating; `ratio` is the median of the pairs' ratios."""
+    """`run_on` on the narrow model."""
     pipeline = topology.build_sdxl(topology.NARROW)
     pipeline.set_progress_bar_config(disable=True)
     for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
         module.eval().requires_grad_(False)
+    return run_on(pipeline, argparse.Namespace(repeats=repeats, size=side, steps=steps))
+
+
+def run_on(pipeline: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of whole requests and of bare calls, alternating; `ratio` is the median of the pairs' ratios."""
     worker = Worker(Settings(model_id="tiny"))
     worker.resident.use(pipeline)
-    handler.process.worker = worker  # the narrow model has no MODEL_ID
-    fields = {"prompt": "a lighthouse", "width": side, "height": side, "num_inference_steps": steps, "seed": 1}
+    handler.process.worker = worker  # the pipeline has no MODEL_ID
+    sides = {"width": options.size, "height": options.size}
+    fields = {"prompt": "a lighthouse", **sides, "num_inference_steps": options.steps, "seed": 1}
     request = validate_request(fields)
     lines = JobLines()
-    jobs_logger = logging.getLogger("sdxl_worker.job_run")
-    jobs_logger.setLevel(logging.INFO)
-    jobs_logger.addHandler(lines)
-    jobs_logger.propagate = False
+    own_scheduler = pipeline.scheduler
 
     def bare() -> None:
-        pipeline.scheduler = make_scheduler(request.scheduler, pipeline.scheduler.config)
+        pipeline.scheduler = make_scheduler(request.scheduler, own_scheduler.config)
         pipeline(
             request.prompt,
             negative_prompt=request.negative_prompt,
-            width=side,
-            height=side,
-            num_inference_steps=steps,
+            **sides,
+            num_inference_steps=options.steps,
             guidance_scale=request.guidance_scale,
-            generator=torch.Generator().manual_seed(1),
+            generator=torch.Generator(pipeline.device).manual_seed(1),
         )
+        pipeline.scheduler = own_scheduler
 
     def through_the_handler() -> None:
         answer = handler.generate_image({"id": "bench", "input": fields})
@@ -89,20 +110,22 @@ def request_overhead(repeats: int, side: int, steps: int) -> dict[str, Any]:
 
     bare()
     through_the_handler()
-    lines.stages.clear()
     pairs = []
-    for number in range(repeats):
-        first, second = (bare, through_the_handler) if number % 2 else (through_the_handler, bare)
-        times = {first: _seconds(first), second: _seconds(second)}
-        pairs.append((times[bare], times[through_the_handler]))
+    with lines.collected():
+        for number in range(options.repeats):
+            first, second = (bare, through_the_handler) if number % 2 else (through_the_handler, bare)
+            times = {first: _seconds(first), second: _seconds(second)}
+            pairs.append((times[bare], times[through_the_handler]))
+    ratios = [through / alone for alone, through in pairs]
     stages = {stage: statistics.median(values) for stage, values in lines.stages.items()}
     return {
-        "side": side,
-        "steps": steps,
-        "repeats": repeats,
+        "side": options.size,
+        "steps": options.steps,
+        "repeats": options.repeats,
         "bare_s": statistics.median(pair[0] for pair in pairs),
         "handler_s": statistics.median(pair[1] for pair in pairs),
-        "ratio": statistics.median(through / alone for alone, through in pairs),
+        "ratio": statistics.median(ratios),
+        "ratio_spread": spread(ratios),
         "stages_ms": stages,
         "share_beside_rendering": 1 - stages["denoising"] / stages["total"],
     }

@@ -26,7 +26,7 @@ import functools
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +37,7 @@ import torch
 
 from bench.compile_cache import compile_cache_on
 from bench.compiled_state import Compiled, graphs
-from bench.instruments import Clock
+from bench.instruments import Clock, spread
 from bench.lora_switch import write_loras
 from bench.models import random_pipeline
 from bench.report import machine, table, write_result
@@ -188,11 +188,6 @@ def table_on(pipeline: Any, options: argparse.Namespace, compiled: Compiled) -> 
         "picture": {"deviation": float(baseline.std()), "another_prompt": difference(other, baseline)},
         "goal": {"setting": "COMPILE=1", "ratio": GOAL_RATIO, "difference": GOAL_DIFFERENCE, "reached": reached},
     }
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, least and greatest."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def difference(picture: np.ndarray, baseline: np.ndarray) -> dict[str, float]:

@@ -6,13 +6,16 @@ import datetime
 import json
 import os
 import platform
+import subprocess
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-_PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors", "huggingface_hub", "runpod", "requests")
+_PACKAGES = (
+    *("torch", "triton", "diffusers", "transformers", "peft", "safetensors", "huggingface_hub", "runpod", "requests"),
+)
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
@@ -32,6 +35,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(0)
         found["gpu"] = {"name": properties.name, "memory_gb": round(properties.total_memory / 2**30, 1)}
         found["cuda"] = torch.version.cuda
+        found["driver"] = _driver()
     return {"machine": found}
 
 
@@ -42,12 +46,13 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def write_result(name: str, results: dict[str, Any]) -> Path:
-    """Write `results` to bench/results/NAME.json and return the path."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(results, indent=2, default=str) + "\n", encoding="utf-8")
-    return path
+def write_result(name: str, results: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """Write `results` to NAME.json in `folder` (bench/results), whole or not at all, and return the path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(json.dumps(results, indent=2, default=str) + "\n", encoding="utf-8")
+    return unfinished.replace(path)
 
 
 def _line(row: Sequence[str], widths: Sequence[int]) -> str:
@@ -61,6 +66,14 @@ def _processor() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def _driver() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return "not known"
 
 
 def _version(package: str) -> str:

@@ -1,0 +1,181 @@
+"""The figures: what is measured, in which sort of process, how long it takes about, and what is wanted of it.
+
+Pure data: nothing here imports torch. A `measure` is `module:function`, called as function(pipeline, options) -> dict
+in a child process; a GROUP's figures share one such process and its pipeline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+# Groups, in the order in which they are measured. The first has no pipeline of its own: what it measures starts
+# processes itself.
+PROCESSES, PLAIN, COMPILED = "processes", "plain", "compiled"
+# What a dry run's figure takes about.
+DRY_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A number in the result, found by its keys, and the limit that it should keep."""
+
+    what: str
+    keys: tuple[str, ...]
+    at_most: float | None = None
+    at_least: float | None = None
+
+    def value(self, result: Mapping[str, Any]) -> float | None:
+        """The number that was measured; None where there is none."""
+        found: Any = result
+        for key in self.keys:
+            found = found.get(key) if isinstance(found, Mapping) else None
+        return found if isinstance(found, int | float) else None
+
+    def is_met(self, value: float) -> bool:
+        """True when `value` keeps the limit."""
+        return (self.at_most is None or value <= self.at_most) and (self.at_least is None or value >= self.at_least)
+
+    @property
+    def limit(self) -> str:
+        """The limit in words; empty for a number that is only told."""
+        if self.at_most is not None:
+            return f"at most {self.at_most:g}"
+        return f"at least {self.at_least:g}" if self.at_least is not None else ""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """`seconds` is about what it takes on an H100, `full` and `dry` the options for full-size and dry runs."""
+
+    name: str
+    title: str
+    group: str
+    measure: str
+    seconds: float
+    full: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    dry: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    goals: tuple[Goal, ...] = ()
+
+
+_PICTURE = {"size": 1024, "steps": 28}
+_SMALL = {"size": 64, "steps": 2}
+_COMPILED = ("rows", "COMPILE=1")
+
+FIGURES: tuple[Figure, ...] = (
+    Figure(
+        "tests",
+        "tests marked gpu",
+        PROCESSES,
+        "bench.gpu.suite:measure",
+        90,
+        {"files": [], "limit_s": 240},
+        {"files": ["tests/generate/test_load.py"], "limit_s": 240},
+        (Goal("GPU tests that fail", ("failed",), at_most=0), Goal("GPU tests that pass", ("passed",), at_least=1)),
+    ),
+    Figure(
+        "whole_request",
+        "whole warm request with LoRAs / plain request, through the worker",
+        PLAIN,
+        "bench.gpu.requests:whole",
+        60,
+        {**_PICTURE, "repeats": 5},
+        {**_SMALL, "repeats": 1},
+        (
+            Goal("whole request, 1 LoRA / plain", ("ratio", "1", "median"), at_most=1.03),
+            Goal("whole request, 4 LoRAs / plain", ("ratio", "4", "median"), at_most=1.06),
+        ),
+    ),
+    Figure(
+        "handler",
+        "whole request through the handler / bare diffusers call",
+        PLAIN,
+        "bench.overhead:run_on",
+        35,
+        {**_PICTURE, "repeats": 5},
+        {**_SMALL, "repeats": 1},
+        (Goal("handler / bare diffusers", ("ratio",), at_most=1.02),),
+    ),
+    Figure(
+        "memory",
+        "peak memory of requests, beside the weights",
+        PLAIN,
+        "bench.gpu.memory:measure",
+        15,
+        {"size": 1024, "steps": 2},
+        _SMALL,
+    ),
+    Figure(
+        "switching",
+        "LoRAs applied and restored, against stock load and unload",
+        PLAIN,
+        "bench.lora_switch:run_on",
+        75,
+        {"size": 1024, "steps": 2, "repeats": 5, "stock_repeats": 2, "pairs": 10, "channels_last": False},
+        {**_SMALL, "steps": 1, "repeats": 1, "stock_repeats": 1, "pairs": 1, "channels_last": False},
+        tuple(
+            Goal(f"switch / stock load and unload, {count} LoRA(s)", ("loras", count, "switch_ratio"), at_most=0.05)
+            for count in ("1", "2", "4")
+        ),
+    ),
+    Figure(
+        "rendering",
+        "each setting's speed and pixels, against worker-sdxl's set-up",
+        COMPILED,
+        "bench.rendering:run_on",
+        200,
+        {**_PICTURE, "repeats": 2, "backend": "inductor", "parts": ["table", "switch"]},
+        {**_SMALL, "repeats": 1, "backend": "eager", "parts": ["table", "switch"]},
+        (
+            Goal("pictures per second, COMPILE=1 / worker-sdxl's", ("table", *_COMPILED, "ratio", "median"), None, 1.8),
+            Goal("largest difference of its pixels, of 255", ("table", *_COMPILED, "difference", "max"), at_most=2),
+            Goal("graphs compiled while LoRAs are switched", ("switch", "new_graphs"), at_most=0),
+        ),
+    ),
+    Figure(
+        "images_per_second",
+        "images per second of the worker with COMPILE=1, against worker-sdxl's",
+        COMPILED,
+        "bench.gpu.images:measure",
+        80,
+        {**_PICTURE, "repeats": 4, "backend": "inductor"},
+        {**_SMALL, "repeats": 1, "backend": "eager"},
+        (
+            Goal("images per second, one job at a time", ("ratio", "one at a time"), at_least=1.8),
+            Goal("images per second, WORKER_CONCURRENCY=2", ("ratio", "two at a time"), at_least=1.8),
+        ),
+    ),
+    Figure(
+        "compile_cache",
+        "process start to first picture with COMPILE=1: empty and filled COMPILE_CACHE_DIR",
+        PROCESSES,
+        "bench.compile_cache:run_on",
+        180,
+        {"size": 1024, "backend": "inductor"},
+        {"size": 64, "backend": "eager"},
+        (
+            Goal("start to first picture, filled / empty folder", ("filled_against_empty",)),
+            Goal("start to first picture, COMPILE=0 / empty folder", ("uncompiled_against_empty",)),
+        ),
+    ),
+    Figure(
+        "utilisation",
+        "device busy over a mixed run with WORKER_CONCURRENCY=2",
+        PROCESSES,
+        "bench.gpu.utilisation:measure",
+        120,
+        {"jobs": 50, "shrink": 1},
+        {"jobs": 6, "shrink": 16},
+        (Goal("device busy over the mixed run, percent", ("busy_percent",), at_least=95),),
+    ),
+)
+
+
+def chosen(names: Sequence[str], figures: Sequence[Figure] = FIGURES) -> list[Figure]:
+    """The figures of these names, all for none; raises ValueError, naming those that do not exist."""
+    known = {figure.name for figure in figures}
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"no figure is called {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+    return [figure for figure in figures if not names or figure.name in names]

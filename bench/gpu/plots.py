@@ -1,0 +1,141 @@
+"""PNG plots, drawn from the JSON files alone: one beside each figure that has something to draw."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from bench.gpu.store import OK
+
+# What a figure's result looks like on a pair of axes.
+Draw = Callable[[Any, Mapping[str, Any]], None]
+
+
+def draw_all(folder: Path, say: Callable[[str], None]) -> list[Path]:
+    """Draw every figure in `folder` that was measured and has a plot; the paths. What cannot be drawn is told."""
+    try:
+        import matplotlib
+    except ImportError:
+        say("no plots: matplotlib is not installed (requirements-dev.txt)")
+        return []
+    matplotlib.use("Agg")
+    drawn = []
+    for name, draw in PLOTS.items():
+        file = folder / f"{name}.json"
+        if not file.exists():
+            continue
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+            if found["outcome"] == OK:
+                drawn.append(_plot(found, draw, file.with_suffix(".png")))
+        except Exception as error:
+            say(f"    {name}: not drawn: {type(error).__name__}: {error}")
+    return drawn
+
+
+def _plot(found: Mapping[str, Any], draw: Draw, path: Path) -> Path:
+    from matplotlib.figure import Figure
+
+    plot = Figure(figsize=(7.5, 4.5), dpi=120, layout="constrained")
+    axes = plot.subplots()
+    draw(axes, found["result"])
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(found["title"], fontsize=11)
+    versions = found["machine"]["versions"]
+    model = f"SDXL ({found['model']}), random weights"
+    plot.supxlabel(f"{found['device']}, torch {versions['torch']}, {model}", fontsize=8, color="0.4")
+    if found["dry_run"]:
+        plot.text(0.5, 0.5, "DRY RUN", fontsize=60, color="red", alpha=0.25, ha="center", va="center", rotation=25)
+    plot.savefig(path)
+    return path
+
+
+def _bars(axes: Any, values: Mapping[str, float], label: str) -> None:
+    bars = axes.barh(list(values), list(values.values()), color="tab:blue")
+    axes.bar_label(bars, fmt="{:.3g}", padding=3, fontsize=9)
+    axes.invert_yaxis()
+    axes.set_xlabel(label)
+    axes.margins(x=0.12)
+
+
+def _goal(axes: Any, value: float) -> None:
+    axes.axvline(value, color="tab:red", linestyle="--", label=f"goal {value:.3g}")
+    axes.legend(loc="lower right", fontsize=9)
+
+
+def _whole_request(axes: Any, result: Mapping[str, Any]) -> None:
+    counts = sorted(result["request_s"], key=int)
+    seconds = [result["request_s"][count] for count in counts]
+    medians = [one["median"] for one in seconds]
+    reach = [[one["median"] - one["min"] for one in seconds], [one["max"] - one["median"] for one in seconds]]
+    bars = axes.bar([f"{count} LoRAs" for count in counts], medians, yerr=reach, capsize=4, color="tab:blue")
+    ratios = ["plain", *(f"x {result['ratio'][count]['median']:.3f}" for count in counts[1:])]
+    axes.bar_label(bars, labels=ratios, label_type="center", color="white")
+    axes.set_ylabel("seconds of a request")
+
+
+def _handler(axes: Any, result: Mapping[str, Any]) -> None:
+    stages = {name: spent for name, spent in result["stages_ms"].items() if name not in ("denoising", "total")}
+    _bars(axes, stages, f"ms beside the denoising of {result['stages_ms']['denoising']:.0f} ms")
+
+
+def _memory(axes: Any, result: Mapping[str, Any]) -> None:
+    _bars(axes, {name: peak / 2**30 for name, peak in result["peak_bytes"].items()}, "peak, GiB")
+    axes.axvline(result["weights_bytes"] / 2**30, color="0.4", linestyle=":", label="weights alone")
+    axes.legend(loc="lower right", fontsize=9)
+
+
+def _switching(axes: Any, result: Mapping[str, Any]) -> None:
+    counts = sorted(result["loras"], key=int)
+    for who in ("ours", "stock"):
+        times = [result["loras"][count][who] for count in counts]
+        axes.plot(counts, [1000 * (one["apply_s"] + one["restore_s"]) for one in times], "o-", label=who)
+    stock = [result["loras"][count]["stock"] for count in counts]
+    axes.plot(counts, [50 * (one["apply_s"] + one["restore_s"]) for one in stock], "--", color="tab:red", label="goal")
+    axes.set(xlabel="LoRAs of rank 32", ylabel="apply and restore, ms", yscale="log")
+    axes.legend(fontsize=9)
+
+
+def _rendering(axes: Any, result: Mapping[str, Any]) -> None:
+    table = {name: row for name, row in result["table"]["rows"].items() if "failed" not in row}
+    apart = {name: f"{name} (up to {row['difference']['max']} of 255)" for name, row in table.items()}
+    _bars(axes, {apart[name]: row["ratio"]["median"] for name, row in table.items()}, "pictures per second / baseline")
+    _goal(axes, result["table"]["goal"]["ratio"])
+
+
+def _images(axes: Any, result: Mapping[str, Any]) -> None:
+    seconds = {name: spread["median"] for name, spread in result["seconds_an_image"].items()}
+    _bars(axes, {name: 1 / spent for name, spent in seconds.items()}, "images per second")
+    _goal(axes, 1.8 / seconds["worker-sdxl"])
+
+
+def _compile_cache(axes: Any, result: Mapping[str, Any]) -> None:
+    starts = result["starts"]
+    done = dict.fromkeys(starts, 0.0)
+    for stage in ("imports_s", "model_s", "compiling_s", "picture_s"):
+        spent = {name: start[stage] for name, start in starts.items()}
+        axes.barh(list(spent), list(spent.values()), left=list(done.values()), label=stage.removesuffix("_s"))
+        done = {name: done[name] + spent[name] for name in starts}
+    axes.set_xlabel("seconds from process start to the first picture")
+    axes.legend(fontsize=9)
+
+
+def _utilisation(axes: Any, result: Mapping[str, Any]) -> None:
+    percents = result["samples_percent"]
+    axes.plot([index * result["sample_ms"] / 1000 for index in range(len(percents))], percents, linewidth=0.8)
+    busy = f"{result['busy_percent']:.1f} %" if percents else "not measured"
+    axes.set(xlabel="seconds", ylabel=f"device busy, % (on average {busy})", ylim=(0, 105))
+
+
+PLOTS: Mapping[str, Draw] = {
+    "whole_request": _whole_request,
+    "handler": _handler,
+    "memory": _memory,
+    "switching": _switching,
+    "rendering": _rendering,
+    "images_per_second": _images,
+    "compile_cache": _compile_cache,
+    "utilisation": _utilisation,
+}

@@ -1,0 +1,61 @@
+"""The tests marked gpu, in a process of their own, with what came of each that did not pass."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+from bench.gpu.store import ROOT
+
+TAIL = 2000
+
+
+def files_with_gpu_tests(root: Path = ROOT) -> list[str]:
+    """Test modules that have some: only these are collected, since the others' libraries may be missing here."""
+    found = (path for path in (root / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text(encoding="utf-8"))
+    return sorted(str(path.relative_to(root)) for path in found)
+
+
+def measure(_pipeline: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """Counts, seconds and failures of pytest on `options.files` (none: all) within `options.limit_s`."""
+    files = options.files or files_with_gpu_tests()
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
+        command += ["--continue-on-collection-errors", f"--junitxml={report}", *files]
+        started = time.perf_counter()
+        try:
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=options.limit_s)
+            status, output = str(done.returncode), done.stdout + done.stderr
+        except subprocess.TimeoutExpired as error:
+            status, output = f"stopped after {options.limit_s} s", _text(error.stdout) + _text(error.stderr)
+        seconds = time.perf_counter() - started
+        counts = _counts(report) if report.exists() else {}
+    # Without its report pytest has not come to its end, which is a failure too.
+    none = {"passed": 0, "failed": 1, "skipped": 0, "failures": [], "slowest": {}}
+    return {"status": status, "pytest_s": seconds, "files": files, **(counts or none), "output": output[-TAIL:]}
+
+
+def _counts(report: Path) -> dict[str, Any]:
+    counts: dict[str, Any] = {"passed": 0, "failed": 0, "skipped": 0}
+    failures, seconds = [], {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        name = f"{case.get('classname')}::{case.get('name')}"
+        seconds[name] = float(case.get("time", 0))
+        broken = [child for child in case if child.tag in ("failure", "error")]
+        if broken:
+            failures.append({"test": name, "message": (broken[0].get("message") or "")[:TAIL]})
+            failures[-1]["end"] = (broken[0].text or "")[-TAIL:]
+        counts["failed" if broken else "skipped" if case.find("skipped") is not None else "passed"] += 1
+    slowest = dict(sorted(seconds.items(), key=lambda entry: -entry[1])[:10])
+    return {**counts, "failures": failures, "slowest": slowest}
+
+
+def _text(output: Any) -> str:
+    return output.decode("utf-8", "replace") if isinstance(output, bytes) else output or ""

@@ -1,0 +1,114 @@
+"""How busy the device is over a mixed run: a real worker on the SDK's loop with WORKER_CONCURRENCY=2, on a local queue.
+
+nvidia-smi says five times a second in what share of the time before a kernel ran.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import shutil
+import statistics
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bench.gpu.mixed import DEVICE, MODEL, jobs
+from sdxl_worker import topology
+from tests.integration.queue_server import QueueServer
+from tests.integration.worker_process import WorkerProcess, worker_environment
+
+SAMPLE_MS = 200
+SCRIPT = "import sys; from bench.gpu.mixed import main; sys.exit(main())"
+# Stages of a job while which it has the device to itself.
+_ON_THE_DEVICE = ("applying_loras", "denoising", "restoring")
+
+
+def measure(_pipeline: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """Percent busy from the first job's start to the last answer, and the jobs' own times."""
+    with tempfile.TemporaryDirectory() as folder, QueueServer() as queue:
+        cache = Path(folder) / "cache"
+        cache.mkdir()
+        loras = _write_loras(options.model, cache)
+        more = {"WORKER_CONCURRENCY": "2", MODEL: options.model, DEVICE: options.device}
+        environment = {**worker_environment(cache), **queue.environment("mixed"), **more}
+        if options.device == "cuda":
+            # One thread is for small machines on which several workers draw on the CPU.
+            environment = {name: value for name, value in environment.items() if not name.endswith("_NUM_THREADS")}
+        with WorkerProcess(Path(folder) / "worker.log", environment, script=SCRIPT) as worker:
+            # Kernels are loaded and LoRAs are read before it counts.
+            for fields in jobs(4, loras, options.shrink):
+                _drawn(queue, queue.submit(fields))
+            before = len(worker.lines())
+            with _samples() as busy:
+                started = time.monotonic()
+                ids = [queue.submit(fields) for fields in jobs(options.jobs, loras, options.shrink)]
+                for job_id in ids:
+                    _drawn(queue, job_id)
+                seconds = time.monotonic() - started
+            worker.wait_for(f'"{ids[-1]}"')
+            lines = worker.lines()[before:]
+    held = sum(line["ms"].get(stage, 0.0) for line in lines for stage in _ON_THE_DEVICE) / 1000
+    percents = [percent for at, percent in busy if started <= at <= started + seconds]
+    result = {
+        "jobs": options.jobs,
+        "seconds": seconds,
+        "jobs_per_minute": 60 * options.jobs / seconds,
+        "device_held_percent": 100 * held / seconds,
+        "stages_ms": _stages(lines),
+        "samples_percent": percents,
+        "sample_ms": SAMPLE_MS,
+    }
+    return {**result, "busy_percent": statistics.mean(percents)} if percents else result
+
+
+def _write_loras(model: str, folder: Path) -> list[str]:
+    """Four files for the model's size, whose weights nobody needs for it."""
+    from bench.lora_switch import write_loras
+    from bench.models import SIZES
+
+    class Structure:
+        def __init__(self, parts: dict[str, Any]) -> None:
+            self.__dict__.update(parts)
+
+    return [path.name for path in write_loras(Structure(topology.structure(SIZES[model])), folder, 4)]
+
+
+def _drawn(queue: QueueServer, job_id: str) -> None:
+    answer = queue.answer(job_id)
+    assert "images" in (answer.get("output") or {}), answer
+
+
+def _stages(lines: list[dict[str, Any]]) -> dict[str, float]:
+    names = {name for line in lines for name in line["ms"]}
+    return {name: statistics.median(line["ms"].get(name, 0.0) for line in lines) for name in sorted(names)}
+
+
+@contextlib.contextmanager
+def _samples() -> Iterator[list[tuple[float, int]]]:
+    """Moments (time.monotonic) and percents; none without nvidia-smi."""
+    found: list[tuple[float, int]] = []
+    if shutil.which("nvidia-smi") is None:
+        yield found
+        return
+    query = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "-i", "0"]
+    process = subprocess.Popen([*query, "-lms", str(SAMPLE_MS)], stdout=subprocess.PIPE, text=True)
+
+    def read() -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.strip().isdecimal():
+                found.append((time.monotonic(), int(line)))
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    try:
+        yield found
+    finally:
+        process.kill()
+        process.wait()
+        reader.join()
