@@ -23,7 +23,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def free_memory(error: Exception) -> None:
-    """Let go of what the frames of `error` and of what led to it hold, on the host and on the device."""
+    """Let go of what the frames of `error` and of what led to it hold, on the host and on the device.
+
+    Not after a failure of the device itself: giving memory back to a lost one raises, and ends the process where it is
+    page-locked.
+    """
     import torch
 
     link: BaseException | None = error

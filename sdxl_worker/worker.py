@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import functools
 import gc
@@ -113,7 +114,13 @@ class Worker:
         return checks(self.settings, lambda: self.pipeline, lambda: self.resident.refiner)
 
     def close(self) -> None:
-        """Let go of the pipeline and all that was read for it; the next job would load it again."""
+        """Let go of the pipeline and all that was read for it; the next job would load it again.
+
+        Of a lost device's nothing, nor when the process ends: CUDA would end it by SIGABRT over page-locked memory.
+        """
+        if self.health.is_lost:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
+            return
         self.resident.close()
 
     def start_run(self, job: Any) -> JobRun:

@@ -28,14 +28,15 @@ def tiled_where_large(pipeline: StableDiffusionXLPipeline) -> Iterator[None]:
 def kept(pipeline: StableDiffusionXLPipeline, *, one_by_one: bool = False) -> Iterator[None]:
     """Put the VAE back into its dtype: one that overflows in float16 is decoded in float32, and an error leaves it so.
 
-    The way back is exact. With `one_by_one` it takes the pictures of a batch one after the other, in the memory that
-    one of them takes.
+    Its own weights wait meanwhile: with no memory left there would be none to cast them back. With `one_by_one` it
+    takes the pictures of a batch one after the other, in the memory that one of them takes.
     """
-    dtype, slices = pipeline.vae.dtype, pipeline.vae.use_slicing
+    weights, slices = [(weight, weight.data) for weight in pipeline.vae.parameters()], pipeline.vae.use_slicing
     pipeline.vae.use_slicing = slices or one_by_one
     try:
         yield
     finally:
         pipeline.vae.use_slicing = slices
-        if pipeline.vae.dtype != dtype:
-            pipeline.vae.to(dtype)
+        for weight, data in weights:
+            if weight.data_ptr() != data.data_ptr():
+                weight.data = data

@@ -39,6 +39,12 @@ class Health:
     def __init__(self) -> None:
         self._out_of_memory_in_a_row = 0
         self._fatal: WorkerError | None = None
+        self._kept: Exception | None = None
+
+    @property
+    def is_lost(self) -> bool:
+        """True after an error after which this process must not render any more."""
+        return self._fatal is not None
 
     def check(self) -> None:
         """Raise the error after which this process must not render any more, if there was one."""
@@ -57,8 +63,10 @@ class Health:
         except Exception as error:
             failure = as_worker_error(error)
             if type(failure).refresh_worker:
-                self._fatal = failure
-            if not failure.caller_at_fault:
+                # With its frames and what they hold: a lost device takes nothing back. Giving it page-locked memory
+                # that it has read ends the process at once, before the job has its answer.
+                self._fatal, self._kept = failure, self._kept or error
+            elif not failure.caller_at_fault:
                 free_memory(error)
             raise
 

@@ -191,12 +191,14 @@ def test_a_picture_of_nan_is_an_error(pipeline):
         weight.copy_(kept)
 
 
-def test_a_vae_left_in_float32_is_put_back(monkeypatch):
+@pytest.mark.parametrize("cast", ["encoder", "decoder", ""])
+def test_a_vae_left_in_float32_is_put_back(cast: str, monkeypatch):
+    """All of it or a part, which is what memory that runs out while it is cast leaves."""
     pipeline = topology.build_sdxl(dtype=torch.bfloat16)
     before = weight_hash(pipeline)
 
     def fails_while_decoding(*_args, **_keywords):
-        pipeline.vae.to(torch.float32)
+        pipeline.vae.get_submodule(cast).to(torch.float32)
         raise RuntimeError("out of memory, say")
 
     monkeypatch.setattr(type(pipeline), "__call__", fails_while_decoding)

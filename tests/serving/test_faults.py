@@ -1,11 +1,14 @@
 """What library exceptions mean for the job and for the process."""
 
+import contextlib
+import gc
 import weakref
 
 import pytest
 import torch
 
 from sdxl_worker.errors import DeviceFailed, NotFound, OutOfMemory, RestoreFailed, WorkerError
+from sdxl_worker.serving import faults
 from sdxl_worker.serving.faults import Health, as_worker_error
 
 
@@ -77,8 +80,25 @@ def test_after_a_fatal_error_the_device_is_refused(error):
         raise NotFound("x")
     with pytest.raises(type(error)), health.watch():
         raise error
+    assert health.is_lost
     with pytest.raises(type(as_worker_error(error))), health.watch():
         pytest.fail("the device was used")
+
+
+def test_nothing_is_given_back_to_a_lost_device(monkeypatch):
+    """CUDA raises where that is tried, and ends the process over page-locked memory."""
+    monkeypatch.setattr(faults, "free_memory", lambda _: pytest.fail("memory was given back"))
+    health, held = Health(), []
+
+    def render() -> None:
+        weights = torch.zeros(1)
+        held.append(weakref.ref(weights))
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    with contextlib.suppress(RuntimeError), health.watch():
+        render()
+    gc.collect()
+    assert held[0]() is not None
 
 
 def test_what_a_failed_job_held_is_free_before_the_device_is_passed_on():

@@ -220,7 +220,7 @@ def whole_unet(unet: torch.nn.Module, name: str) -> tuple[Tensors, dict[str, Ten
     tensors: Tensors = {}
     changes = {}
     for target in modules_for(unet, module):
-        part, changes[target] = make(unet.get_parameter(f"{target}.weight"))
+        part, changes[target] = make(unet.get_parameter(f"{target}.weight").cpu())
         tensors |= kohya(target, part)
     return tensors, changes
 
@@ -249,7 +249,7 @@ def weight_hash(pipeline) -> str:
         digest.update(repr([(name, type(module)) for name, module in root.named_modules()]).encode())
         for name, value in [*root.named_parameters(), *root.named_buffers()]:
             digest.update(f"{component}.{name} {value.dtype} {value.requires_grad}".encode())
-            digest.update(value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
