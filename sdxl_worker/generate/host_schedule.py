@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from sdxl_worker.generate.transfers import sent
+
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
 
@@ -71,16 +73,6 @@ def _with_timestep_there(_unet: torch.nn.Module, arguments: tuple[Any, ...]) -> 
     return sample, sent(timestep, sample.device), *rest
 
 
-def sent(tensor: torch.Tensor, device: torch.device, **options: Any) -> torch.Tensor:
-    """`tensor.to(device, **options)` without waiting for what the device is doing.
-
-    From pageable memory the copy, however small, would wait for it. torch keeps the page-locked block until it is done.
-    """
-    if tensor.device.type == "cpu" and device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True, **options)
-
-
 class WithoutWaiting(TorchFunctionMode):
     """Inside, values that the CPU has go to the device without waiting, and no result is waited for to be checked.
 
@@ -95,7 +87,7 @@ class WithoutWaiting(TorchFunctionMode):
                 dtype = next(
                     (value for value in (*args[1:], *options.values()) if isinstance(value, torch.dtype)), None
                 )
-                return sent(args[0], device, dtype=dtype)
+                return sent(args[0], device, dtype)
         if func is torch.Tensor.__getitem__ and isinstance(args[1], list) and args[0].device.type != "cpu":
             return args[0][sent(torch.tensor(args[1]), args[0].device)]
         if func is torch.linalg.solve:

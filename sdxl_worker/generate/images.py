@@ -27,9 +27,13 @@ _EXIF_IFD, _USER_COMMENT = 0x8769, 0x9286
 
 def pictures_in(pixels: torch.Tensor) -> list[Image.Image]:
     """The RGB pictures in `pixels` (n, 3, height, width), finite values from 0 to 1, as diffusers rounds them."""
-    from diffusers.image_processor import VaeImageProcessor
+    import torch
 
-    return VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(pixels))
+    from sdxl_worker.generate.transfers import fetched
+
+    # Made whole numbers where they are: a quarter to copy, and no arithmetic for the CPU while the device waits.
+    values = (pixels.float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    return [Image.fromarray(picture) for picture in fetched(values)().numpy()]
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 from PIL import Image
 
+from sdxl_worker.generate.transfers import fetched
+
 QUALITY = 70
 
 # SDXL latents to RGB, one row per colour, and the offsets.
@@ -25,32 +27,18 @@ class Previews:
 
         Only asks the device for a copy: waiting for it is left to the other thread.
         """
-        # Page-locked memory, where it comes from a GPU.
-        copied = latents[0].detach().to("cpu", non_blocking=True, copy=True)
-        there = reached(latents.device)
-        return lambda: _jpeg(_colours(copied, there))
+        copied = fetched(latents[0])
+        return lambda: _jpeg(_colours(copied()))
 
 
-def _colours(latents: torch.Tensor, there: torch.cuda.Event | None) -> torch.Tensor:
-    if there is not None:
-        there.synchronize()
+def _colours(latents: torch.Tensor) -> torch.Tensor:
     offset = torch.tensor(_RGB_OFFSET)[:, None, None]
     return torch.einsum("cl,lhw->chw", torch.tensor(_LATENT_TO_RGB), latents.float()) + offset
 
 
-def reached(device: torch.device) -> torch.cuda.Event | None:
-    """What says when the device has done all that it was asked for until now; None where that is at once."""
-    if device.type != "cuda":
-        return None
-    # Blocking: the thread that waits sleeps, instead of keeping a core busy.
-    event = torch.cuda.Event(blocking=True)
-    event.record(torch.cuda.current_stream(device))
-    return event
-
-
 def _jpeg(colours: torch.Tensor) -> str:
     """`colours` (3, height, width), from 0 to 255, as a data URI."""
-    pixels = colours.nan_to_num(0.0).clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    pixels = colours.nan_to_num(0.0).clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="JPEG", quality=QUALITY)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"

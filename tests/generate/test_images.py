@@ -5,9 +5,11 @@ import io
 
 import numpy as np
 import pytest
+import torch
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
-from sdxl_worker.generate.images import EncodedImage, encode, save_locally
+from sdxl_worker.generate.images import EncodedImage, encode, pictures_in, save_locally
 
 TEXT = "ein Haus, 猫, 🏠\nNegative prompt: flou\nSteps: 1, Seed: 7"
 
@@ -25,6 +27,19 @@ def user_comment(image: Image.Image) -> str:
     comment = image.getexif().get_ifd(0x8769)[0x9286]
     assert comment[:8] == b"UNICODE\0"
     return comment[8:].decode("utf-16-be")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_pixels_are_rounded_as_diffusers_rounds_them(device: str):
+    # Every number from 0 to 1 that half precision has, each way round of halves, and others of single precision.
+    halves = torch.arange(0x3C01, dtype=torch.int16).view(torch.float16).float()
+    others = torch.rand(2 * 3 * 96 * 64 - len(halves) - 255, generator=torch.Generator().manual_seed(0))
+    pixels = torch.cat([halves, (torch.arange(255) + 0.5) / 255, others]).reshape(2, 3, 64, 96)
+    for values in (pixels, pixels.half()):
+        expected = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(values))
+        drawn = pictures_in(values.to(device))
+        assert [picture.size for picture in drawn] == [(96, 64)] * 2
+        assert [picture.tobytes() for picture in drawn] == [picture.tobytes() for picture in expected]
 
 
 def test_png_is_lossless_and_carries_any_text(picture):
