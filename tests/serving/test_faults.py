@@ -116,13 +116,13 @@ def test_what_a_failed_job_held_is_free_before_the_device_is_passed_on():
             restore(latents)
 
     def restore(weights: object) -> None:
-        raise RestoreFailed("lost")
+        raise OutOfMemory("again")
 
     caught = None
     try:
         with Health().watch():
             render()
-    except RestoreFailed as error:
+    except OutOfMemory as error:
         caught = error
         assert held[0]() is None
     assert caught is not None
