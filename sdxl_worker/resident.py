@@ -42,18 +42,18 @@ class Resident:
                 from sdxl_worker.generate.refiner import load_refiner
 
                 pipeline, model = load_pipeline(self._settings)
-                if self._settings.compile:
-                    from sdxl_worker.generate import compiled
-
-                    compiled.compile_in_place(pipeline)
-                # Copied now: no render may use the originals meanwhile.
-                prompts.tokenizers_of(pipeline)
-                self.use(pipeline, load_refiner(self._settings, pipeline))
-                self._model_hash = start_hashing(model, pipeline)
                 if self._settings.attention:
                     from sdxl_worker.generate import attention
 
                     self._attention = attention.usable(self._settings.attention, pipeline.device, pipeline.dtype)
+                if self._settings.compile:
+                    from sdxl_worker.generate import compiled
+
+                    compiled.compile_in_place(pipeline, kernel=self._attention)
+                # Copied now: no render may use the originals meanwhile.
+                prompts.tokenizers_of(pipeline)
+                self.use(pipeline, load_refiner(self._settings, pipeline))
+                self._model_hash = start_hashing(model, pipeline)
                 if self._settings.compile:
                     with self.attention():
                         compiled.warm_up(pipeline)

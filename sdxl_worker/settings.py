@@ -69,7 +69,7 @@ class Settings:
     compile: int = _variable(
         "COMPILE",
         0,
-        "1 = compile the UNet's transformer blocks and the VAE's decoder when the worker starts",
+        "1 = compile the UNet's blocks and the VAE's decoder when the worker starts",
         whole(0, 1),
     )
     compile_cache_dir: Path = _variable(

@@ -111,7 +111,7 @@ class Worker:
 
     def checks(self) -> list[functools.partial[None]]:
         """What has to pass before the first job on RunPod; each raises UnhealthyWorker."""
-        return checks(self.settings, lambda: self.pipeline, lambda: self.resident.refiner)
+        return checks(self.settings, lambda: self.pipeline, lambda: self.resident.refiner, self.resident.attention)
 
     def close(self) -> None:
         """Let go of the pipeline and all that was read for it; the next job would load it again.

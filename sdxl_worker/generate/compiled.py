@@ -1,4 +1,6 @@
-"""COMPILE=1: the UNet's transformer blocks and, on a GPU, the VAE's up blocks as compiled code, in channels_last.
+"""COMPILE=1: compiled code for the UNet's transformer blocks and, on a GPU, its ResNet blocks and the VAE's up blocks.
+
+Weights are laid out in channels_last.
 
 Block by block ("regional"), so that one graph serves all blocks of a width, and in place: module names, the state dict
 and the storages stay, so that LoRAs, other pipelines on the same components and hooks find what they know. Weights are
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -33,20 +36,34 @@ logger = logging.getLogger(__name__)
 
 # Where errors come from that say that something cannot be compiled, and nothing about the picture.
 _COMPILERS = ("torch._dynamo", "torch._inductor", "torch._functorch", "torch.fx", "triton")
+_TOOL_ERRORS = ("InvalidCxxCompiler", "TritonMissing", "GPUTooOldForTriton")
 CACHE_VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+# For one function. SDXL's ResNet blocks have twelve pairs of widths, each for several pictures and for one.
+_MOST_GRAPHS = 64
 # Width and height, unequal: on a GPU near those that are asked for most, since kernels are tuned for the first.
 _GPU_SIZE, _CPU_SIZE = (896, 1152), (320, 384)
 
 
-def compile_in_place(pipeline: StableDiffusionXLPipeline, backend: str | Callable[..., Any] = "inductor") -> None:
+def compile_in_place(
+    pipeline: StableDiffusionXLPipeline,
+    backend: str | Callable[..., Any] = "inductor",
+    *,
+    kernel: str = "",
+    gpu: bool | None = None,
+) -> None:
     """Lay out UNet and VAE in channels_last and have their blocks compiled when they are first called.
 
-    Before anything else takes the weights' layout for granted. `backend` is torch.compile's.
+    Before anything else takes the weights' layout for granted. `backend` is torch.compile's. `kernel` is the one of
+    ATTENTION: it becomes part of the code, and torch's cache does not tell code for one from code for another. `gpu`
+    says whether the blocks are those of a GPU (default: where the pipeline is on one).
     """
     for model in (pipeline.unet, pipeline.vae):
         model.to(memory_format=torch.channels_last)
-    blocks = list(_blocks(pipeline))
+    blocks = list(_blocks(pipeline, pipeline.device.type == "cuda" if gpu is None else gpu))
     fallback = _Fallback(blocks)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_GRAPHS)
+    if kernel:
+        torch.compiler.config.cache_key_tag = f"attention {kernel}"
     for block in blocks:
         # The forward method and not the module's call: that is the same function for all modules, and torch keeps a
         # few graphs for each function.
@@ -56,7 +73,7 @@ def compile_in_place(pipeline: StableDiffusionXLPipeline, backend: str | Callabl
 
 def is_compiled(pipeline: StableDiffusionXLPipeline) -> bool:
     """False also after something could not be compiled."""
-    return any(block._compiled_call_impl is not None for block in _blocks(pipeline))
+    return any(module._compiled_call_impl is not None for module in pipeline.unet.modules())
 
 
 def warm_up(pipeline: StableDiffusionXLPipeline) -> None:
@@ -90,11 +107,12 @@ def warm_up(pipeline: StableDiffusionXLPipeline) -> None:
     logger.info("COMPILE: %s after %.0f s; compiled code is kept in %s", state, time.monotonic() - started, folder)
 
 
-def _blocks(pipeline: StableDiffusionXLPipeline) -> Iterator[nn.Module]:
-    repeated = pipeline.unet._repeated_blocks
-    yield from (module for module in pipeline.unet.modules() if type(module).__name__ in repeated)
-    if pipeline.device.type == "cuda":
-        # torch compiles a convolution for the CPU once for small pictures and once for large ones.
+def _blocks(pipeline: StableDiffusionXLPipeline, gpu: bool) -> Iterator[nn.Module]:
+    # Beside what diffusers says to be repeated, on a GPU what takes most of the rest of the time. torch compiles a
+    # convolution for the CPU once for small pictures and once for large ones.
+    kinds = (*pipeline.unet._repeated_blocks, *(("ResnetBlock2D",) if gpu else ()))
+    yield from (module for module in pipeline.unet.modules() if type(module).__name__ in kinds)
+    if gpu:
         yield from pipeline.vae.decoder.up_blocks
 
 
@@ -103,7 +121,7 @@ class _Fallback:
 
     def __init__(self, blocks: list[nn.Module]) -> None:
         self._blocks = blocks
-        self._has_own_folder = False
+        self._has_own_folder = self._has_met_the_limit = False
 
     def around(self, block: nn.Module, compiled: Callable[..., Any]) -> Callable[..., Any]:
         """`compiled`, with `block` as it was written where that cannot be compiled."""
@@ -114,17 +132,20 @@ class _Fallback:
             except Exception as error:
                 if not _is_of_the_compiler(error) or is_out_of_memory(error):
                     raise
-                again = self._next_try(error)
+                again = self._next_try(block, error)
             # Outside of the handler: the error's frames hold tensors.
             return compiled(*args, **kwargs) if again else block._call_impl(*args, **kwargs)
 
         return call
 
-    def _next_try(self, error: Exception) -> bool:
-        """True to try once more, elsewhere on the disk; else all blocks, or this call alone, go on as written."""
+    def _next_try(self, block: nn.Module, error: Exception) -> bool:
+        """True to try once more, elsewhere on the disk; else blocks of that class, or this call alone, go on as
+        written."""
         if type(error).__name__ == "FailOnRecompileLimitHit":
-            # A shape of its own, which a ninth graph would serve: the others stay compiled.
-            logger.debug("COMPILE: not compiled: %s", error)
+            # A shape of its own, which one more graph would serve: the others stay compiled.
+            if not self._has_met_the_limit:
+                logger.warning("COMPILE: too many forms of %s are compiled: new ones run as written", _name(block))
+            self._has_met_the_limit = True
             return False
         if not self._has_own_folder and _is_of_the_disk(error):
             self._has_own_folder = True
@@ -132,18 +153,32 @@ class _Fallback:
             os.environ |= dict.fromkeys(CACHE_VARIABLES, folder)
             logger.warning("COMPILE_CACHE_DIR cannot be used (%s): compiled code is kept in %s", _reason(error), folder)
             return True
-        for block in self._blocks:
-            block._compiled_call_impl = None
-        logger.warning("COMPILE is 1, and the model cannot be compiled here (%s): it runs as it is", _reason(error))
+        # Without a compiler nothing can be; what else is wrong with one class need not be with the next.
+        failing = [other for other in self._blocks if _is_of_the_tools(error) or _name(other) == _name(block)]
+        for other in failing:
+            other._compiled_call_impl = None
+        left = "" if len(failing) == len(self._blocks) else f"'s {_name(block)}"
+        reason = _reason(error)
+        logger.warning("COMPILE is 1, and the model%s cannot be compiled here (%s): it runs as it is", left, reason)
         return False
 
 
+def _name(block: nn.Module) -> str:
+    return type(block).__name__
+
+
 def _is_of_the_compiler(error: BaseException) -> bool:
-    where = type(error).__module__
-    if where.startswith(_COMPILERS):
-        return True
-    # Triton builds its launchers at the first call, with the C compiler.
-    return "C compiler" in str(error) or "Python.h" in str(error)
+    return type(error).__module__.startswith(_COMPILERS) or _is_of_the_tools(error)
+
+
+def _is_of_the_tools(error: BaseException) -> bool:
+    """No compiler, or one that fails. Triton builds its launchers at the first call, with the C compiler."""
+    for link in _links(error):
+        if isinstance(link, subprocess.CalledProcessError) or type(link).__name__ in _TOOL_ERRORS:
+            return True
+        if "C compiler" in str(link):
+            return True
+    return False
 
 
 def _is_of_the_disk(error: BaseException | None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -9,6 +10,7 @@ import logging
 import platform
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from sdxl_worker.settings import Settings
 
 logger = logging.getLogger(__name__)
 
+Drawing = Callable[[], AbstractContextManager[None]]
 PROBE = GenerationRequest(
     prompt="a test", width=64, height=64, num_inference_steps=1, scheduler="K_EULER", strength=1.0
 )
@@ -40,24 +43,28 @@ class UnhealthyWorker(Exception):
 
 
 def checks(
-    settings: Settings, pipeline: Callable[[], Any], refiner: Callable[[], Refiner | None]
+    settings: Settings,
+    pipeline: Callable[[], Any],
+    refiner: Callable[[], Refiner | None],
+    drawing: Drawing = contextlib.nullcontext,
 ) -> list[functools.partial[None]]:
     """What has to pass, in this order; `pipeline` gives the resident one or raises ModelUnavailable, `refiner` what was
-    loaded with it."""
+    loaded with it, and `drawing` is entered around what draws."""
     return [
-        functools.partial(check_model, pipeline),
-        functools.partial(check_refiner, pipeline, refiner),
+        functools.partial(check_model, pipeline, drawing),
+        functools.partial(check_refiner, pipeline, refiner, drawing),
         functools.partial(check_cache_folder, settings.lora_cache_dir),
         functools.partial(check_gpu_memory, pipeline),
         functools.partial(check_bucket, settings),
     ]
 
 
-def check_model(pipeline: Callable[[], Any]) -> None:
+def check_model(pipeline: Callable[[], Any], drawing: Drawing = contextlib.nullcontext) -> None:
     """The base model loads and renders; raises UnhealthyWorker. A model that is not numbers renders one colour."""
     try:
         resident = pipeline()
-        (picture,) = render(resident, PROBE, inputs=plain_inputs(resident, PROBE.width, PROBE.height))
+        with drawing():
+            (picture,) = render(resident, PROBE, inputs=plain_inputs(resident, PROBE.width, PROBE.height))
     except (WorkerError, RuntimeError) as error:
         raise UnhealthyWorker(f"{error}. Change MODEL_ID or VAE_ID, or choose a larger GPU") from error
     if _is_empty(picture):
@@ -68,7 +75,9 @@ def _is_empty(picture: Image.Image) -> bool:
     return len(picture.getcolors(PROBE.width * PROBE.height) or ()) == 1
 
 
-def check_refiner(pipeline: Callable[[], Any], refiner: Callable[[], Refiner | None]) -> None:
+def check_refiner(
+    pipeline: Callable[[], Any], refiner: Callable[[], Refiner | None], drawing: Drawing = contextlib.nullcontext
+) -> None:
     """The refiner renders, where there is one; raises UnhealthyWorker."""
     resident, loaded = pipeline(), refiner()
     if loaded is None:
@@ -79,7 +88,8 @@ def check_refiner(pipeline: Callable[[], Any], refiner: Callable[[], Refiner | N
         PROBE, image_url="a picture", refiner=loaded.name, refiner_inference_steps=2, strength=0.5
     )
     try:
-        (picture,) = render(resident, probe, inputs=start, refining=loaded.ready_for(probe))
+        with drawing():
+            (picture,) = render(resident, probe, inputs=start, refining=loaded.ready_for(probe))
     except (WorkerError, RuntimeError, ValueError) as error:
         raise UnhealthyWorker(f"the refiner: {error}. Change REFINER_ID, or choose a larger GPU") from error
     if _is_empty(picture):

@@ -35,7 +35,7 @@ def test_the_choice_ends_with_the_drawing() -> None:
 
 
 @pytest.mark.parametrize("kernel", ["", "flash", "math"])
-def test_a_job_is_drawn_by_the_kernel(kernel: str, tmp_path: Path) -> None:
+def test_a_job_and_the_check_before_are_drawn_by_the_kernel(kernel: str, tmp_path: Path) -> None:
     """The CPU has flash, which torch takes by itself, and the formula written out, which is no operation of its own."""
     worker = Worker(Settings(model_id="tiny", attention=kernel, lora_cache_dir=tmp_path))
     unet, counted = worker.pipeline.unet, Operations()
@@ -48,5 +48,15 @@ def test_a_job_is_drawn_by_the_kernel(kernel: str, tmp_path: Path) -> None:
     unet.forward = watched
     answer = worker.run({"input": {"prompt": "a", "width": 64, "height": 64, "num_inference_steps": 1, "seed": 1}})
     assert "images" in answer, answer
-    assert bool(counted.names[FLASH]) is (kernel != "math")
-    assert bool(counted.names["_softmax"] + counted.names["_safe_softmax"]) is (kernel == "math")
+    assert drawn_by_the_formula(counted) is (kernel == "math")
+    counted.names.clear()
+    check_model, *_ = worker.checks()
+    check_model()
+    assert drawn_by_the_formula(counted) is (kernel == "math")
+
+
+def drawn_by_the_formula(counted: Operations) -> bool:
+    """Or by flash; never by both."""
+    by_formula = bool(counted.names["_softmax"] + counted.names["_safe_softmax"])
+    assert bool(counted.names[FLASH]) is not by_formula
+    return by_formula
