@@ -3,10 +3,12 @@ to a real S3 server."""
 
 from __future__ import annotations
 
+import asyncio
+import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
@@ -17,21 +19,25 @@ from moto.server import ThreadedMotoServer
 
 from sdxl_worker.errors import Cancelled, UploadError
 from sdxl_worker.generate.images import EncodedImage
+from sdxl_worker.job_run import Denoising, JobRun, NoProgress, ProgressEvent, Stage
 from sdxl_worker.serving.fitness import UnhealthyWorker, check_bucket
+from sdxl_worker.serving.service import Service
 from sdxl_worker.serving.upload import bucket_is_configured, try_upload, upload
 from sdxl_worker.settings import Settings
+from sdxl_worker.worker import Worker
 
 PICTURES = [EncodedImage(b"first", ".png", "image/png", 1), EncodedImage(b"second", ".jpeg", "image/jpeg", 2)]
 
 
 class Bucket(ThreadingHTTPServer):
-    """Keeps what is PUT; answers the codes in `codes` first."""
+    """Keeps what is PUT; answers the codes in `codes` first, and each only after `before(path)`."""
 
     daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Put)
         self.codes: list[int] = []
+        self.before: Callable[[str], object] = lambda _path: None
         self.objects: dict[str, tuple[str, bytes]] = {}
         self.tries = 0
         self.headers: list[str] = []
@@ -46,6 +52,7 @@ class _Put(BaseHTTPRequestHandler):
 
     def do_PUT(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.before(self.path)
         self.server.tries += 1
         self.server.headers += [name.lower() for name in self.headers]
         code = self.server.codes.pop(0) if self.server.codes else 200
@@ -204,3 +211,52 @@ def test_keys_that_may_not_delete_do(bucket: Bucket, caplog):
     (path,) = bucket.objects
     assert "/health-check/" in path
     assert "stays in the bucket" in caplog.text
+
+
+class _Told(NoProgress):
+    """Says when a step of denoising was reported, and whether the device was passed on before encoding began."""
+
+    def __init__(self) -> None:
+        self.denoises = threading.Event()
+        self.passed_on: Callable[[], bool] = lambda: False
+        self.passed_on_before_encoding = False
+
+    def update(self, event: ProgressEvent) -> None:
+        if isinstance(event, Denoising):
+            self.denoises.set()
+        elif event == Stage("encoding"):
+            self.passed_on_before_encoding = self.passed_on()
+
+
+def test_a_picture_is_encoded_and_uploaded_while_the_next_job_denoises(bucket: Bucket, pipeline, tmp_path):
+    settings = {**os.environ, "MODEL_ID": "tiny", "LORA_CACHE_DIR": str(tmp_path)}
+    worker = Worker(Settings.from_environment(settings))
+    worker.resident.use(pipeline)
+    told = {"one": _Told(), "two": _Told()}
+    beside: list[bool] = []
+
+    def before(path: str) -> None:
+        if "/one/" in path:
+            # Only bounds a hang.
+            beside.append(told["two"].denoises.wait(30))
+
+    def start_run(job) -> JobRun:
+        run = worker.start_run(job)
+        run.progress = progress = told[job["id"]]
+        progress.passed_on = lambda: run.place not in worker.turns._queue
+        return run
+
+    async def both() -> list:
+        service = Service(start_run, worker.run, concurrency=2)
+        size = {"width": 64, "height": 64, "num_inference_steps": 2}
+        jobs = [{"id": name, "input": {"prompt": name, "seed": 1, **size}} for name in told]
+        try:
+            return await asyncio.gather(*(service.handle(job) for job in jobs))
+        finally:
+            service.close()
+
+    bucket.before = before
+    answers = asyncio.run(both())
+    assert beside == [True]
+    assert [progress.passed_on_before_encoding for progress in told.values()] == [True, True]
+    assert [answer["image_url"].startswith("http://") for answer in answers] == [True, True]
