@@ -282,13 +282,18 @@ def test_what_only_checks_or_helps_loads_nothing_heavy(tmp_path: Path, name: str
 
 # What is imported but declared under another name, or comes with Python.
 DISTRIBUTIONS = {"PIL": "pillow", "lycoris": "lycoris-lora", "OpenSSL": "pyopenssl", "yaml": "pyyaml"}
+# Torch for CUDA requires the very version that goes with it; without CUDA nothing needs it.
+WITH_TORCH = {"triton"}
 LOCAL = {PACKAGE, "tests", "bench", *LAYERS[-1]}
 
 
 def declared(file: str) -> dict[str, str]:
-    """Distribution -> pinned version of a requirements file."""
+    """Distribution -> pinned version of a requirements file, of those that are for this system."""
     lines = (line.partition("#")[0].strip() for line in (ROOT / file).read_text().splitlines())
-    pins = [line.partition("==") for line in lines if line and not line.startswith("-")]
+    required = [line.partition(";") for line in lines if line and not line.startswith("-")]
+    # The only marker there is.
+    assert {marker.strip() for _, _, marker in required} <= {"", 'platform_system == "Linux"'}
+    pins = [pin.strip().partition("==") for pin, _, marker in required if not marker or sys.platform == "linux"]
     return {name.partition("[")[0].lower().replace("_", "-"): version for name, _, version in pins}
 
 
@@ -303,8 +308,8 @@ def outside_imports(*names: str) -> set[str]:
 
 def test_what_is_imported_is_declared() -> None:
     runtime, tests = declared("requirements.txt"), declared("requirements-dev.txt")
-    assert outside_imports(PACKAGE, *LAYERS[-1]) - set(runtime) == set()
-    assert outside_imports("tests", "bench") - set(runtime) - set(tests) == set()
+    assert outside_imports(PACKAGE, *LAYERS[-1]) - set(runtime) - WITH_TORCH == set()
+    assert outside_imports("tests", "bench") - set(runtime) - set(tests) - WITH_TORCH == set()
 
 
 def test_pins_are_what_the_tests_run_with() -> None:

@@ -6,13 +6,17 @@ import contextlib
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+from torch import Tensor
+
 from sdxl_worker.lora.file import read_lora
 from sdxl_worker.lora.formats.format import Change
+from sdxl_worker.lora.fused import FusedMerger, Part
 from sdxl_worker.lora.keys import COMPONENTS, UNET, ResidentModules
 from sdxl_worker.lora.match import match_lora
 from sdxl_worker.lora.merge import Target, WeightMerger, files_memory
@@ -52,10 +56,17 @@ def layers_of(lora: Lora, components: Collection[str] = COMPONENTS) -> int:
 class LoraEngine:
     """The LoRA side of a resident pipeline. `read` and `sent_ahead`, which touch no weight, may run beside a render."""
 
-    def __init__(self, pipeline: StableDiffusionXLPipeline, ram_cache_bytes: int, sender: Sender | None = None) -> None:
+    def __init__(
+        self,
+        pipeline: StableDiffusionXLPipeline,
+        ram_cache_bytes: int,
+        sender: Sender | None = None,
+        fused: Callable[[Mapping[Target, Tensor]], FusedMerger] | None = None,
+    ) -> None:
         """`ram_cache_bytes` bounds the parsed files kept in host memory, least recently used out first.
 
-        `sender` copies files to the device before they are merged; by default on a stream of its own on a GPU.
+        `sender` copies files to the device before they are merged; by default on a stream of its own on a GPU. `fused`
+        makes what merges low-rank changes at once; by default there is one on a GPU.
         """
         self._modules = ResidentModules({name: getattr(pipeline, name) for name in COMPONENTS})
         self._live = {
@@ -65,11 +76,15 @@ class LoraEngine:
             for parameter in ("weight", "bias")
             if (tensor := getattr(module, parameter, None)) is not None
         }
-        self._merger = WeightMerger(self._live)
+        self._components = np.array([COMPONENTS.index(target.component) for target in self._live])
+        self._device = pipeline.device
+        if fused is None and self._device.type == "cuda":
+            fused = FusedMerger
+        self._fused = fused(self._live) if fused else None
+        self._merger = WeightMerger(self._live, self._fused)
         self._cache: OrderedDict[tuple[int, ...], ParsedLora] = OrderedDict()
         self._cache_bytes = ram_cache_bytes
         self._cache_lock = threading.Lock()
-        self._device = pipeline.device
         self._sender = sender or sender_for(self._device)
         self._widths = widths_of(pipeline)
 
@@ -88,7 +103,8 @@ class LoraEngine:
                 content = read_lora(path, pinned=self._device.type == "cuda")
                 matched = match_lora(content, self._modules)
                 bundled = bundled_in(content.keys.bundled, content.tensors, self._widths)
-            parsed = ParsedLora(content.facts, matched, content.data, bundled)
+            factors = self._fused.factors_of(matched.changes, content.data) if self._fused else None
+            parsed = ParsedLora(content.facts, matched, content.data, bundled, factors)
         self._remember(key, parsed)
         return parsed
 
@@ -110,9 +126,9 @@ class LoraEngine:
         On an exception the weights are put back before it propagates. Raises LoraIncompatible when the files need more
         memory than there is, and RestoreFailed.
         """
-        changes = self._changes_of(loras)
         try:
-            self._merger.merge(changes)
+            self._merger.restore()
+            self._merge(loras)
         except BaseException:
             self._merger.restore()
             raise
@@ -129,23 +145,33 @@ class LoraEngine:
         those that are new there. All other weights stay as they are, those of the text encoders among them, since the
         prompts are encoded. On an exception the weights have to be restored. Raises like `apply`.
         """
-        changes: dict[Target, list[tuple[Change, float]]] = {
-            target: [] for lora in switched for target in targets_of(lora, (UNET,))
-        }
-        wanted = self._changes_of([lora for lora in loras if not changes.keys().isdisjoint(targets_of(lora, (UNET,)))])
-        self._merger.update({target: wanted.get(target, []) for target in changes})
+        changed = {target for lora in switched for target in targets_of(lora, (UNET,))}
+        self._merge([lora for lora in loras if not changed.isdisjoint(targets_of(lora, (UNET,)))], changed)
 
-    def _changes_of(self, loras: Sequence[Lora]) -> dict[Target, list[tuple[Change, float]]]:
-        """Each changed weight's changes with their strengths, on the device. Raises LoraIncompatible for no memory."""
-        changes: dict[Target, list[tuple[Change, float]]] = {}
-        for parsed, scale in loras:
+    def _merge(self, loras: Sequence[Lora], only: Collection[Target] | None = None) -> None:
+        """Give the weights (`only` these, where they are given) the changes of `loras`, or put them back for none.
+
+        Raises LoraIncompatible for no memory.
+        """
+        with files_memory():
+            moved = [parsed.data_on(self._device) for parsed, _ in loras]
+        parts = [self._part(lora, data) for lora, data in zip(loras, moved, strict=True)] if self._fused else []
+        done = self._merger.update_at_once(parts, only)
+        changes: dict[Target, list[tuple[Change, float]]] = {target: [] for target in only or () if target not in done}
+        for lora, data in zip(loras, moved, strict=True):
+            parsed, scale = lora
+            left = [t for t in targets_of(lora) if t not in done and (only is None or t in only)]
             with files_memory():
-                moved = parsed.changes_in(parsed.data_on(self._device))
-            for target, change in moved.items():
-                strength = getattr(scale, target.component)
-                if strength:
-                    changes.setdefault(target, []).append((change, strength))
-        return changes
+                on_device = parsed.changes_in(data, left)
+            for target, change in on_device.items():
+                changes.setdefault(target, []).append((change, getattr(scale, target.component)))
+        self._merger.update(changes)
+
+    def _part(self, lora: Lora, data: Tensor) -> Part:
+        parsed, scale = lora
+        assert parsed.factors is not None
+        strengths = np.array([getattr(scale, component) for component in COMPONENTS], np.float64)
+        return Part(parsed.factors, data, strengths[self._components])
 
     @contextlib.contextmanager
     def applied(self, loras: Sequence[Lora]) -> Iterator[list[AppliedLora]]:

@@ -3,14 +3,17 @@
 `W = round(W0 + sum(scale * change))`: every change is computed from the pristine weight W0 in float32, all are summed,
 and the sum is rounded once to the weight's dtype. The storage of a weight never moves, so compiled models and CUDA
 graphs stay valid, and putting W0 back is a copy.
+
+On CUDA one kernel does this for all targets whose changes are low-rank (`fused`), elsewhere and for other formats torch
+does it target by target.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +21,7 @@ from torch import Tensor
 from sdxl_worker.errors import LoraIncompatible, RestoreFailed
 from sdxl_worker.lora.formats.format import Change
 from sdxl_worker.lora.formats.low_rank import LowRank
+from sdxl_worker.lora.fused import FusedMerger, Part
 from sdxl_worker.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -27,9 +31,11 @@ logger = logging.getLogger(__name__)
 ACTIVATION_RESERVE = 6 * 2**30
 
 
-@dataclass(frozen=True)
-class Target:
-    """One parameter of the resident model, such as `unet`, `mid_block.attentions.0.proj_in`, `weight`."""
+class Target(NamedTuple):
+    """One parameter of the resident model, such as `unet`, `mid_block.attentions.0.proj_in`, `weight`.
+
+    A tuple, because each merge looks thousands of them up: its hash takes an eighth of a dataclass's time.
+    """
 
     component: str
     module: str
@@ -39,27 +45,19 @@ class Target:
 class WeightMerger:
     """Owns the pristine copies of every weight a LoRA ever touched in this process, and what is merged right now."""
 
-    def __init__(self, parameters: Mapping[Target, Tensor]):
-        """`parameters`: the live tensors, changed in place only."""
+    def __init__(self, parameters: Mapping[Target, Tensor], fused: FusedMerger | None = None):
+        """`parameters`: the live tensors, changed in place only; `fused`: what merges many of them at once."""
         self._live = parameters
+        self._fused = fused
         self._pristine: dict[Target, Tensor] = {}
         self._merged: dict[Target, None] = {}
         self._place: str | None = None
 
     @torch.no_grad()
-    def merge(self, changes: Mapping[Target, Sequence[tuple[Change, float]]]) -> None:
-        """Set each target to its pristine value plus the sum of `scale * change`; everything merged before is undone.
-
-        On any exception some targets may be merged: call `restore`.
-        """
-        self.restore()
-        self.update(changes)
-
-    @torch.no_grad()
     def update(self, changes: Mapping[Target, Sequence[tuple[Change, float]]]) -> None:
-        """Like `merge`, but targets that `changes` does not name stay as they are; those without a change are put back.
+        """Set each target to its pristine value plus the sum of `scale * change`; those without a change are put back.
 
-        On any exception some targets may be merged: call `restore`.
+        All others stay as they are. On any exception some targets may be merged: call `restore`.
         """
         for target, parts in changes.items():
             if parts:
@@ -68,6 +66,38 @@ class WeightMerger:
                 with files_memory():
                     _merge_one(self._live[target], pristine, parts)
         self._put_back([target for target, parts in changes.items() if not parts and target in self._merged])
+
+    @torch.no_grad()
+    def update_at_once(self, parts: Sequence[Part], only: Collection[Target] | None = None) -> frozenset[Target]:
+        """Like `update` for the targets (of `only` where these are given) that the kernel can do, which it returns.
+
+        None of them where the kernel fails: that is logged, and it is not tried again.
+        """
+        targets = self._fused.targets(parts, only) if self._fused else []
+        if self._fused is None or not targets:
+            return frozenset()
+        with files_memory():
+            pristine = self._pristine_beside(targets)
+            self._merged.update(dict.fromkeys(targets))
+            try:
+                self._fused.merge(parts, pristine)
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
+                self._fused = None
+                reason = f"{type(error).__name__}: {error}"
+                logger.warning("LoRAs are merged weight by weight: the kernel for all at once failed: %s", reason)
+                return frozenset()
+        return frozenset(targets)
+
+    def _pristine_beside(self, targets: Sequence[Target]) -> dict[Target, Tensor]:
+        """What holds each target's pristine value on its device: the weight itself where the copies are elsewhere."""
+        pristine = {target: self._keep_pristine(target) for target in targets}
+        if self._place != "host":
+            return pristine
+        if changed := [target for target in targets if target in self._merged]:
+            torch._foreach_copy_([self._live[t] for t in changed], [pristine[t] for t in changed], non_blocking=True)
+        return {target: self._live[target] for target in targets}
 
     @torch.no_grad()
     def reserve(self, targets: Iterable[Target]) -> None:
@@ -101,7 +131,7 @@ class WeightMerger:
             if self._place is None:
                 self._place = self._choose_place(live)
             if self._place == "host":
-                copy = torch.empty_like(live, device="cpu", pin_memory=True).copy_(live)
+                copy = torch.empty_like(live, device="cpu", pin_memory=live.is_cuda).copy_(live)
             else:
                 copy = live.detach().clone()
             self._pristine[target] = copy

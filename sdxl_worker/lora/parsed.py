@@ -12,6 +12,7 @@ import torch
 from sdxl_worker.background import in_background
 from sdxl_worker.lora.file import LoraFacts, autov3
 from sdxl_worker.lora.formats.format import Change, map_tensors, tensors_of
+from sdxl_worker.lora.fused import Factors
 from sdxl_worker.lora.match import Matched
 from sdxl_worker.lora.merge import Target
 from sdxl_worker.lora.transfer import HostData
@@ -26,12 +27,14 @@ class ParsedLora:
     """A LoRA file in host memory, checked and matched to the resident model; `warnings` are for the answer.
 
     `data` (uint8, 1-D) is the file's, of which the tensors of `matched` are views where nothing had to be computed.
+    `factors` is what the kernel that merges many weights at once needs of it; None where there is no such kernel.
     """
 
     facts: LoraFacts
     matched: Matched = field(repr=False)
     data: torch.Tensor = field(repr=False)
     bundled: Bundled = field(default_factory=Bundled, repr=False)
+    factors: Factors | None = field(default=None, repr=False)
 
     @property
     def warnings(self) -> tuple[str, ...]:

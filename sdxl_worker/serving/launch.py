@@ -43,6 +43,8 @@ Options of the RunPod SDK:
 _NUMBERS = {"RUNPOD_REALTIME_PORT": 0, "RUNPOD_REALTIME_CONCURRENCY": 1, "RUNPOD_PING_INTERVAL": 10_000}
 _LOG_LEVELS = ("NOTSET", "TRACE", "DEBUG", "INFO", "WARN", "ERROR")
 MAX_PORT = 65_535
+# What is there where CUDA can be; the second under WSL.
+_NVIDIA_DEVICES = ("/dev/nvidiactl", "/dev/dxg")
 
 
 def wants_help(arguments: Iterable[str]) -> bool:
@@ -125,11 +127,13 @@ def prepare(settings: Settings) -> argparse.Namespace:
 
 
 def keep_compiled_code(settings: Settings) -> None:
-    """With COMPILE=1 let torch and Triton keep what they compile in COMPILE_CACHE_DIR, unless their variables are set.
+    """Let Triton, and torch with COMPILE=1, keep in COMPILE_CACHE_DIR what they compile, unless their variables say.
 
-    To be called before anything is compiled. A folder that cannot be written is only logged: they have their own.
+    With COMPILE=0 that is the kernel which merges LoRAs on NVIDIA GPUs. To be called before anything is compiled. A
+    folder that cannot be written is only logged: they have their own.
     """
-    if not settings.compile:
+    # Asking torch would mean importing it this early.
+    if not settings.compile and not any(Path(device).exists() for device in _NVIDIA_DEVICES):
         return
     folder = settings.compile_cache_dir
     try:
@@ -140,7 +144,8 @@ def keep_compiled_code(settings: Settings) -> None:
         reason = error.strerror or type(error).__name__
         logger.warning("COMPILE_CACHE_DIR %s cannot be written (%s): compiled code is kept locally", folder, reason)
         return
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    if settings.compile:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
     os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
 
 

@@ -51,7 +51,7 @@ def test_merged_weights_are_the_formula_rounded_and_restored_ones_the_bits_of_be
     expected = formula(live, parts)
     merger = WeightMerger({TARGET: live})
 
-    merger.merge({TARGET: parts})
+    merger.update({TARGET: parts})
 
     # One step of the dtype at each value, and what float32 rounds off sums of this size.
     off = torch.finfo(dtype).eps * expected.abs() + 1e-5
@@ -71,7 +71,7 @@ def test_a_channels_last_convolution_is_merged_by_the_same_operations(count):
         merger = WeightMerger({TARGET: live})
         merger.reserve([TARGET])
         with Operations() as counted:
-            merger.merge({TARGET: loras()[:count]})
+            merger.update({TARGET: loras()[:count]})
         calls.append(counted)
     plain, channels_last = calls
     assert plain.names["addmm"] == channels_last.names["addmm"] == 1

@@ -81,3 +81,16 @@ def test_compiled_code_is_kept_where_the_setting_says(tmp_path, monkeypatch, cap
     keep_compiled_code(Settings(compile=1, compile_cache_dir=tmp_path / "compiled"))
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "set/by/the/operator"
     assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "compiled" / "triton")
+
+
+@pytest.mark.parametrize("has_gpu", [True, False])
+def test_the_lora_kernel_is_kept_wherever_there_is_a_gpu(tmp_path, monkeypatch, has_gpu):
+    """Without COMPILE nothing else is compiled, and without a GPU nothing at all."""
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("sdxl_worker.serving.launch._NVIDIA_DEVICES", (str(tmp_path if has_gpu else tmp_path / "no"),))
+    keep_compiled_code(Settings(compile=0, compile_cache_dir=tmp_path / "compiled"))
+    assert os.environ.get("TRITON_CACHE_DIR") == (str(tmp_path / "compiled" / "triton") if has_gpu else None)
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    assert (tmp_path / "compiled").exists() == has_gpu
