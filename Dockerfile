@@ -62,5 +62,8 @@ RUN --mount=type=secret,id=HF_TOKEN,required=false --mount=type=secret,id=CIVITA
 COPY sdxl_worker ./sdxl_worker
 COPY handler.py schemas.py test_input.json test_input_with_lora.json ./
 
+# pip has compiled the packages; without this every cold start would compile the worker. By content: a layer may change times.
+RUN python -m compileall -q --invalidation-mode checked-hash handler.py schemas.py sdxl_worker
+
 # The exec form: the worker gets RunPod's SIGTERM itself, and can finish its job.
 CMD ["python", "-u", "handler.py"]

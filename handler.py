@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import functools
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdxl_worker.errors import WorkerError
+from sdxl_worker.memory import collector_paused
+from sdxl_worker.sdk import import_sdk
 from sdxl_worker.serving import launch
 from sdxl_worker.serving.mode import Mode
 
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     from sdxl_worker.lora.parsed import ParsedLora
     from sdxl_worker.request import LoraScale
     from sdxl_worker.serving.service import Service
+    from sdxl_worker.settings import Settings
     from sdxl_worker.worker import Worker
 
 
@@ -31,11 +35,16 @@ class Process:
     """
 
     @functools.cached_property
-    def worker(self) -> Worker:
-        """Made from the environment; raises ValueError, naming the variable."""
+    def settings(self) -> Settings:
+        """Read from the environment; raises ValueError, naming the variable."""
         from sdxl_worker.settings import Settings
 
-        settings = Settings.from_environment()
+        return Settings.from_environment()
+
+    @functools.cached_property
+    def worker(self) -> Worker:
+        """Made from the settings; raises ValueError, naming the variable."""
+        settings = self.settings
         from sdxl_worker.worker import Worker
 
         return Worker(settings)
@@ -83,16 +92,21 @@ def main() -> int:
     if launch.wants_help(sys.argv[1:]):
         sys.stdout.write(launch.help_text())
         return 0
+    began = time.perf_counter()
     try:
         launch.check_environment()
-        worker = process.worker
-        arguments = launch.prepare(worker.settings)
+        with collector_paused():
+            head_start = launch.head_start(process.settings)
+            import_sdk()
+            worker = process.worker
+            worker.resident.head_start = head_start
+            arguments = launch.prepare(worker.settings)
         worker.mode = launch.mode_of(arguments)
         if launch.has_a_job(worker.mode, arguments):
             if worker.mode is Mode.LOCAL:
                 launch.check_local_job(arguments)
             launch.keep_compiled_code(worker.settings)
-            worker.get_ready()
+            worker.get_ready(began)
     except (WorkerError, ValueError) as error:
         sys.stderr.write(f"{error}\n")
         return 1

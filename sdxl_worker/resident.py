@@ -17,6 +17,7 @@ from sdxl_worker.settings import Settings
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
 
+    from sdxl_worker.generate.head_start import HeadStart
     from sdxl_worker.generate.refiner import Refiner
 
 
@@ -29,6 +30,7 @@ class Resident:
         self._pipeline: StableDiffusionXLPipeline | None = None
         self._refiner: Refiner | None = None
         self._model_hash: Future[str] | None = None
+        self.head_start: HeadStart | None = None
         self._attention = ""
         self._engines: weakref.WeakKeyDictionary[Any, LoraEngine] = weakref.WeakKeyDictionary()
 
@@ -41,6 +43,8 @@ class Resident:
                 from sdxl_worker.generate.model_hash import start_hashing
                 from sdxl_worker.generate.refiner import load_refiner
 
+                # For one time: what could not be loaded is read and hashed anew when it is asked for again.
+                head_start, self.head_start = self.head_start, None
                 pipeline, model = load_pipeline(self._settings)
                 if self._settings.attention:
                     from sdxl_worker.generate import attention
@@ -53,7 +57,8 @@ class Resident:
                 # Copied now: no render may use the originals meanwhile.
                 prompts.tokenizers_of(pipeline)
                 self.use(pipeline, load_refiner(self._settings, pipeline))
-                self._model_hash = start_hashing(model, pipeline)
+                early = head_start.hash_of(model) if head_start else None
+                self._model_hash = early or start_hashing(model, pipeline)
                 if self._settings.compile:
                     with self.attention():
                         compiled.warm_up(pipeline)

@@ -29,7 +29,7 @@ PACKAGE = "sdxl_worker"
 # From the bottom up. A module may import from its own layer and from those before it.
 LAYERS: tuple[tuple[str, ...], ...] = (
     (
-        *("text", "background", "masking", "data_uris", "checks", "errors", "settings", "logs"),
+        *("text", "background", "masking", "data_uris", "checks", "errors", "settings", "logs", "sdk"),
         *("schedulers", "few_step", "prediction_marks", "request"),
     ),
     ("job_run",),
@@ -281,7 +281,13 @@ def test_what_only_checks_or_helps_loads_nothing_heavy(tmp_path: Path, name: str
 
 
 # What is imported but declared under another name, or comes with Python.
-DISTRIBUTIONS = {"PIL": "pillow", "lycoris": "lycoris-lora", "OpenSSL": "pyopenssl", "yaml": "pyyaml"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "lycoris": "lycoris-lora",
+    "OpenSSL": "pyopenssl",
+    "yaml": "pyyaml",
+    "cpuinfo": "py-cpuinfo",
+}
 # Torch for CUDA requires the very version that goes with it; without CUDA nothing needs it.
 WITH_TORCH = {"triton"}
 LOCAL = {PACKAGE, "tests", "bench", *LAYERS[-1]}

@@ -84,6 +84,25 @@ def find_base_model(
     return _find_model(settings.model_id, BASE_MODEL, settings, runpod_cache, on_progress)
 
 
+def base_model_here(settings: Settings, *, runpod_cache: Path = RUNPOD_CACHE) -> BaseModel | None:
+    """What find_base_model will find, if it is a folder, a file or a Hub repo on this disk, else None; no network."""
+    if settings.model_id == "tiny":
+        return None
+    if not Path(settings.model_id).expanduser().exists():
+        try:
+            reference = parse_reference(settings.model_id, settings, CHECKPOINT)
+        except FetchError:
+            return None
+        if not isinstance(reference, HubReference) or reference.path:
+            return None
+        if _snapshot_here(reference, BASE_MODEL, runpod_cache) is None:
+            return None
+    try:
+        return find_base_model(settings, runpod_cache=runpod_cache)
+    except ModelUnavailable:
+        return None
+
+
 def find_refiner(
     settings: Settings, *, runpod_cache: Path = RUNPOD_CACHE, on_progress: Callable[..., None] | None = None
 ) -> BaseModel | None:
@@ -160,12 +179,16 @@ def _find_repo(
     runpod_cache: Path,
     on_progress: Callable[..., None] | None,
 ) -> Path:
-    for cache in (runpod_cache, None):
-        found = cached_snapshot(reference, wanted, cache)
-        if found is not None:
-            return found
+    found = _snapshot_here(reference, wanted, runpod_cache)
+    if found is not None:
+        return found
     logger.warning("%s is on no local disk; downloading it", reference.shown)
     return _download_repo(reference, wanted, settings, on_progress or (lambda *_: None))
+
+
+def _snapshot_here(reference: HubReference, wanted: Wanted, runpod_cache: Path) -> Path | None:
+    found = (cached_snapshot(reference, wanted, cache) for cache in (runpod_cache, None))
+    return next((folder for folder in found if folder is not None), None)
 
 
 def cached_snapshot(reference: HubReference, wanted: Wanted, cache: Path | None) -> Path | None:

@@ -94,7 +94,8 @@ def _write_example_lora(settings: Settings) -> None:
 def _load_from_disk(model: BaseModel, settings: Settings, dtype: torch.dtype, device: str) -> StableDiffusionXLPipeline:
     vae_path = find_vae(settings) if model.allow_vae_override and device == "cuda" else None
     with reading(model, "MODEL_ID", "base model"):
-        return _from_files(model, vae_path, dtype).to(device)
+        # Only what diffusers takes no device for, a single file's parts, is not there yet.
+        return _from_files(model, vae_path, dtype, device).to(device)
 
 
 @contextlib.contextmanager
@@ -114,27 +115,42 @@ def reading(model: BaseModel, variable: str, role: str) -> Iterator[None]:
     raise cannot_be_loaded(model, reason, role)
 
 
-def _from_files(model: BaseModel, vae_path: Path | None, dtype: torch.dtype) -> StableDiffusionXLPipeline:
+def _from_files(
+    model: BaseModel, vae_path: Path | None, dtype: torch.dtype, device: str = "cpu"
+) -> StableDiffusionXLPipeline:
     from diffusers import StableDiffusionXLPipeline
 
-    own = {} if vae_path is None else {"vae": _load_vae(vae_path, model, dtype)}
-    return pipeline_from(StableDiffusionXLPipeline, model, dtype, **own)
+    own = {} if vae_path is None else {"vae": _load_vae(vae_path, model, dtype, device)}
+    return pipeline_from(StableDiffusionXLPipeline, model, dtype, device, **own)
 
 
-def pipeline_from(pipeline_class: Any, model: BaseModel, dtype: torch.dtype, **components: Any) -> Any:
-    """The pipeline of that diffusers class from the model's folder or file, on the CPU; `components` are not read."""
+def pipeline_from(
+    pipeline_class: Any, model: BaseModel, dtype: torch.dtype, device: str = "cpu", **components: Any
+) -> Any:
+    """The pipeline of that diffusers class from the model's folder or file; `components` are not read.
+
+    A folder's weights are put on the device one by one as they are read; a single file's are on the CPU.
+    """
     options = {"dtype": dtype, "add_watermarker": False, **components}
     if model.kind == "file":
         return pipeline_class.from_single_file(str(model.path), **options, **_configs(model))
-    return pipeline_class.from_pretrained(str(model.path), variant=model.variant, **options)
+    return pipeline_class.from_pretrained(str(model.path), variant=model.variant, **options, **_straight_to(device))
 
 
-def _load_vae(path: Path, model: BaseModel, dtype: torch.dtype) -> Any:
+def _straight_to(device: str) -> dict[str, str]:
+    """Options of from_pretrained. Without them all weights would be in host memory first, in the device's precision.
+
+    One device means no hooks of accelerate. On the CPU there is nothing to avoid: weights stay mapped.
+    """
+    return {} if device == "cpu" else {"device_map": device}
+
+
+def _load_vae(path: Path, model: BaseModel, dtype: torch.dtype, device: str) -> Any:
     """A VAE from a diffusers folder, or from a single file of any naming with the config of the model's own VAE."""
     from diffusers import AutoencoderKL
 
     if path.is_dir():
-        return AutoencoderKL.from_pretrained(str(path), dtype=dtype)
+        return AutoencoderKL.from_pretrained(str(path), dtype=dtype, **_straight_to(device))
     configs = {"config": str(model.path)} if model.kind == "folder" else _configs(model)
     return AutoencoderKL.from_single_file(
         str(path), dtype=dtype, **configs, **({"subfolder": "vae"} if configs else {})

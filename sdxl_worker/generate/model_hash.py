@@ -27,10 +27,11 @@ _DIGITS = 10
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-def start_hashing(model: BaseModel, pipeline: StableDiffusionXLPipeline) -> Future[str]:
+def start_hashing(model: BaseModel, pipeline: StableDiffusionXLPipeline | None) -> Future[str]:
     """The future of `model_hash`, which a thread of its own reads the file for; "" where it cannot be read.
 
-    To be called before the first LoRA is merged: the weights in memory are hashed before this returns.
+    `pipeline` may be None where there is a file. Without one the weights in memory are hashed before this returns: to
+    be called before the first LoRA is merged.
     """
 
     def work() -> str:
@@ -47,7 +48,7 @@ def start_hashing(model: BaseModel, pipeline: StableDiffusionXLPipeline) -> Futu
     return future
 
 
-def model_hash(model: BaseModel, pipeline: StableDiffusionXLPipeline) -> str:
+def model_hash(model: BaseModel, pipeline: StableDiffusionXLPipeline | None) -> str:
     """The hash, or "" where the UNet is not one .safetensors file.
 
     A file of the Hub's cache costs nothing: its blob is named by its SHA-256. Any other is read once, 1 to 2 GB/s.
@@ -56,6 +57,7 @@ def model_hash(model: BaseModel, pipeline: StableDiffusionXLPipeline) -> str:
     if model.path is None:
         from safetensors.torch import save
 
+        assert pipeline is not None, "a model without a file is in memory"
         return hashlib.sha256(save(pipeline.unet.state_dict())).hexdigest()[:_DIGITS]
     path = model.path if model.kind == "file" else model.path / "unet" / _unet_file(model)
     return _sha256(path)[:_DIGITS] if path.is_file() else ""

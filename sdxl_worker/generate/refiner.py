@@ -135,7 +135,7 @@ def _from_disk(model: BaseModel, base: StableDiffusionXLPipeline) -> StableDiffu
     if model.kind == "file" and model.path is not None:
         _check_header(model, model.path)
     with reading(model, "REFINER_ID", "refiner"):
-        pipeline = pipeline_from(StableDiffusionXLImg2ImgPipeline, model, base.unet.dtype, **shared, **none)
+        pipeline = pipeline_from(StableDiffusionXLImg2ImgPipeline, model, base.unet.dtype, "cpu", **shared, **none)
     wants, gets = pipeline.unet.config.cross_attention_dim, base.text_encoder_2.config.hidden_size
     if wants != gets:
         raise ModelUnavailable(

@@ -11,10 +11,13 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sdxl_worker.serving.mode import Mode
 from sdxl_worker.settings import Settings
+
+if TYPE_CHECKING:
+    from sdxl_worker.generate.head_start import HeadStart
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +114,13 @@ def check_local_job(arguments: argparse.Namespace) -> None:
         raise ValueError(f"{name} is not valid JSON: {error}") from None
     if not isinstance(job, dict) or job.get("input") is None:
         raise ValueError(f'{name} has no "input"; it should look like {{"input": {{"prompt": "a lighthouse"}}}}')
+
+
+def head_start(settings: Settings) -> HeadStart:
+    """Begin to read and hash the base model's weights, beside the imports that come next."""
+    from sdxl_worker.generate.head_start import HeadStart
+
+    return HeadStart(settings)
 
 
 def prepare(settings: Settings) -> argparse.Namespace:

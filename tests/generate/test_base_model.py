@@ -16,7 +16,14 @@ from sdxl_worker.assets import fetch
 from sdxl_worker.assets.sources import hub
 from sdxl_worker.errors import ModelUnavailable
 from sdxl_worker.generate import base_model
-from sdxl_worker.generate.base_model import BaseModel, find_base_model, find_refiner, find_vae, needed_files
+from sdxl_worker.generate.base_model import (
+    BaseModel,
+    base_model_here,
+    find_base_model,
+    find_refiner,
+    find_vae,
+    needed_files,
+)
 from sdxl_worker.settings import Settings
 from tests.support import http_server as on
 from tests.support.download_files import lora_bytes
@@ -74,6 +81,22 @@ def test_tiny_and_local_models(tmp_path: Path):
     folder, file = find(str(tmp_path / "model")), find(str(tmp_path / "model.safetensors"))
     assert folder == BaseModel("folder", tmp_path / "model", "model", allow_vae_override=False)
     assert file == BaseModel("file", tmp_path / "model.safetensors", "model.safetensors", allow_vae_override=True)
+
+
+def test_what_is_here_is_found_without_a_network_and_what_is_not_is_none(tmp_path: Path):
+    model, cache = tmp_path / "model", tmp_path / "cache"
+    model.mkdir()
+    in_hub_cache(cache, "user/model", PIPELINE)
+
+    def here(model_id: str) -> BaseModel | None:
+        return base_model_here(Settings(model_id=model_id, hf_endpoint="http://127.0.0.1:1"), runpod_cache=cache)
+
+    assert here(str(model)) is None
+    (model / "model_index.json").write_text("{}")
+    assert here(str(model)) == find(str(model))
+    assert here("user/model") == find("user/model", runpod_cache=cache)
+    for model_id in ("tiny", "user/other", "https://127.0.0.1:1/a.safetensors", "civitai:1@2", "", "a b"):
+        assert here(model_id) is None
 
 
 def test_a_local_folder_takes_the_vae_only_when_it_was_set(tmp_path: Path):

@@ -16,11 +16,13 @@ from safetensors.torch import load_file
 
 from sdxl_worker import topology
 from sdxl_worker.errors import ModelUnavailable
+from sdxl_worker.generate import load
 from sdxl_worker.generate.base_model import BaseModel
 from sdxl_worker.generate.load import _from_files, load_pipeline
 from sdxl_worker.generate.render import render
 from sdxl_worker.request import GenerationRequest
 from sdxl_worker.settings import Settings
+from tests.support.fresh_process import cost_of
 from tests.support.lora_files import save, weight_hash
 from tests.support.pictures import farthest, same
 from tests.support.single_file import save_configs, save_single_file
@@ -158,6 +160,50 @@ def test_a_broken_model_is_one_sentence(pipeline, tmp_path: Path):
     (tmp_path / "model" / "unet" / "config.json").write_text("{}")
     with pytest.raises(ModelUnavailable, match="not a complete SDXL model"):
         load_pipeline(_settings(tmp_path, tmp_path / "model"))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_weights_of_a_folder_go_straight_to_the_device(device: str, pipeline, tmp_path: Path, monkeypatch):
+    pipeline.save_pretrained(tmp_path / "model")
+    vae = topology.build_sdxl(seed=5).vae
+    vae.save_pretrained(tmp_path / "vae")
+    # On the CPU weights stay mapped, and these options are not used: here they are, to see what they do.
+    monkeypatch.setattr(load, "_straight_to", lambda device: {"device_map": device})
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    model = BaseModel("folder", tmp_path / "model", "model", allow_vae_override=True)
+    loaded = _from_files(model, tmp_path / "vae", dtype, device)
+    for name, original in (("unet", pipeline.unet), ("text_encoder_2", pipeline.text_encoder_2), ("vae", vae)):
+        module = getattr(loaded, name)
+        assert {tensor.device.type for tensor in (*module.parameters(), *module.buffers())} == {device}
+        assert not any(hasattr(part, "_hf_hook") for part in module.modules())
+        weights = module.state_dict()
+        for key, value in original.state_dict().items():
+            assert torch.equal(weights[key].cpu(), value.to(dtype) if value.is_floating_point() else value), key
+    assert loaded.to(device).device.type == device
+
+
+@pytest.mark.gpu
+def test_half_precision_weights_are_never_all_in_host_memory(tmp_path: Path):
+    """The files are of twice the precision: what is converted on the CPU is as much as the device gets."""
+    for name, size in (("small", topology.TINY), ("model", topology.NARROW)):
+        topology.build_sdxl(size).save_pretrained(tmp_path / name)
+    setup = (
+        "import torch\n"
+        "from diffusers import StableDiffusionXLPipeline\n"
+        "from sdxl_worker.generate.load import load_pipeline\n"
+        "from sdxl_worker.settings import Settings\n"
+        "def stock(folder):\n"
+        "    return StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch.float16).to('cuda')\n"
+        "def ours(folder):\n"
+        "    return load_pipeline(Settings(model_id=folder))[0]\n"
+    )
+    # The first load of a process brings the device's context and libraries into its memory.
+    grown = {
+        way: cost_of(f"kept = {way}({str(tmp_path / 'model')!r})", f"{setup}{way}({str(tmp_path / 'small')!r})")[0]
+        for way in ("stock", "ours")
+    }
+    in_half = sum(path.stat().st_size for path in (tmp_path / "model").rglob("*.safetensors")) // 2
+    assert grown["ours"] < grown["stock"] - in_half // 2
 
 
 @pytest.mark.gpu

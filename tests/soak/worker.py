@@ -20,8 +20,8 @@ def main() -> int:
     worker = handler.process.worker
     get_ready, close = worker.get_ready, worker.close
 
-    def ready() -> None:
-        get_ready()
+    def ready(began: float | None = None) -> None:
+        get_ready(began)
         faults.install(worker.pipeline.unet)
         _tell(FIRST)
 
