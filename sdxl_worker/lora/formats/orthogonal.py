@@ -37,8 +37,9 @@ class Orthogonal:
         if limit > 0:
             skew = skew * (limit / (skew.norm() + 1e-8)).clamp(max=1.0)
         identity = torch.eye(blocks.shape[-1], device=blocks.device).expand_as(skew)
-        # (I + Q)(I - Q)^-1, and the two factors commute.
-        return torch.linalg.solve(identity - skew, identity + skew)
+        # (I + Q)(I - Q)^-1, and the two factors commute. I - Q has an inverse for every skew Q: to check that there is
+        # one would make the host wait for the device.
+        return torch.linalg.solve_ex(identity - skew, identity + skew).result
 
     @staticmethod
     def _blockwise(rotation: Tensor, weight: Tensor) -> Tensor:
