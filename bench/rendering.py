@@ -55,7 +55,7 @@ GOAL_RATIO, GOAL_DIFFERENCE = 1.8, 2
 SWITCHES = 5
 
 # Fields of the request that give speed for another picture; those that this version does not have are left out.
-OPT_INS: tuple[Mapping[str, Any], ...] = ()
+OPT_INS: tuple[Mapping[str, Any], ...] = ({"cfg_end": 0.8}, {"cfg_end": 0.6}, {"deep_cache": 2}, {"deep_cache": 3})
 
 State = Callable[[], AbstractContextManager[None]]
 

@@ -53,6 +53,7 @@ def test_every_field_arrives_as_it_was_asked_for():
         "guidance_scale": 2.5,
         "guidance_rescale": 0.25,
         "cfg_end": 0.5,
+        "deep_cache": 3,
         "num_images": 4,
         "image_url": "https://example.com/a.png",
         "mask_url": "https://example.com/b.png",

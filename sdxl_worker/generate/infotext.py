@@ -121,7 +121,7 @@ def _hires_facts(request: GenerationRequest) -> dict[str, Any]:
 
 
 def _sampler_facts(request: GenerationRequest) -> dict[str, Any]:
-    """What A1111 writes, and what it does not have: timesteps, and how guidance is changed."""
+    """What A1111 writes, and what it does not have: timesteps, and what changes a step."""
     scheduler = SCHEDULERS[request.scheduler]
     facts: dict[str, Any] = {
         "Steps": request.num_inference_steps,
@@ -136,6 +136,8 @@ def _sampler_facts(request: GenerationRequest) -> dict[str, Any]:
         facts["Guidance rescale"] = f"{request.guidance_rescale:g}"
     if request.cfg_end < 1 < request.guidance_scale:
         facts["CFG end"] = f"{request.cfg_end:g}"
+    if request.deep_cache > 1:
+        facts["DeepCache interval"] = request.deep_cache
     return facts
 
 

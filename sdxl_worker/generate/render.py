@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from sdxl_worker.errors import GenerationError
 from sdxl_worker.generate import samplers, vae
 from sdxl_worker.generate.batches import MAX_BATCH_PIXELS, Steps, in_batches, most_at_once
 from sdxl_worker.generate.calls import unet_calls
+from sdxl_worker.generate.deep_cache import DeepCache
 from sdxl_worker.generate.guidance import call_without_guidance, with_guidance_ending
 from sdxl_worker.generate.hires import with_second_pass
 from sdxl_worker.generate.images import pictures_in
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
 
 StepCallback = Callable[[int, int, torch.Tensor], None]
-BeforeStep = Callable[[float], None]
+BeforeStep = Callable[[float], bool | None]
 
 
 def render(
@@ -50,9 +51,9 @@ def render(
     `on_step(step, total_steps, latents)` follows each step, counted over all batches and passes and never falling;
     latents are (pictures of the batch, 4, height / 8, width / 8) in the UNet's dtype.
     `before_step(done)` comes before each call of the base model's UNet; `done` is the share of its pass's steps that
-    lies behind, from 0 up to below 1: of a step that calls it twice, both calls get the same. An exception raised in
-    either stops the run and propagates. The pipeline is left as it was. Raises GenerationError when a picture holds
-    values that are not finite.
+    lies behind, from 0 up to below 1: of a step that calls it twice, both calls get the same. True says that it
+    changed the weights. An exception raised in either stops the run and propagates. The pipeline is left as it was.
+    Raises GenerationError when a picture holds values that are not finite.
     """
     mode = mode_for(inputs)
     finished = mode.finished(request, inputs)
@@ -135,11 +136,12 @@ class _Drawing:
         before_step = self.before_step if step.has_loras else None
         if step.guided_steps is not None:
             arguments["callback_on_step_end_tensor_inputs"] = step.view._callback_tensor_inputs
-        if self.on_step or before_step or step.guided_steps is not None:
-            arguments["callback_on_step_end"] = self._step_callback(step, before_step, steps)
+        cache = DeepCache(self.request.deep_cache) if self.request.deep_cache > 1 else None
+        if self.on_step or before_step or cache or step.guided_steps is not None:
+            arguments["callback_on_step_end"] = self._step_callback(step, before_step, cache, steps)
         if before_step:
             before_step(0.0)
-        with step.around():
+        with step.around(), cache.on(step.view.unet) if cache else nullcontext():
             drawn = step.view(**arguments, generator=generators).images
         # Of every pass: once they are whole numbers, values that are not finite would be a colour like any other.
         if not torch.isfinite(drawn).all():
@@ -149,18 +151,22 @@ class _Drawing:
         return drawn
 
     def _step_callback(
-        self, this: Pass, before_step: BeforeStep | None, steps: Steps
+        self, this: Pass, before_step: BeforeStep | None, cache: DeepCache | None, steps: Steps
     ) -> Callable[..., dict[str, torch.Tensor]]:
         def after_call(view: Any, call: int, _time: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             steps.done += 1
             if self.on_step:
                 self.on_step(steps.done, steps.total, tensors["latents"])
+            if call + 1 == view.num_timesteps:
+                return {}
             # A scheduler of order 2 goes through each step but the last in two calls, one after the other.
             order = view.scheduler.order
-            if before_step and call + 1 < view.num_timesteps:
-                before_step((call + 1) // order / -(-view.num_timesteps // order))
-            ends = this.guided_steps is not None and call + 1 == this.guided_steps * order
-            return call_without_guidance(view, tensors) if ends else {}
+            step, is_second = divmod(call + 1, order)
+            count = -(-view.num_timesteps // order)
+            changed = before_step(step / count) if before_step else False
+            if cache and not is_second:
+                cache.begin_step(step, count, anew=bool(changed))
+            return call_without_guidance(view, tensors) if step == this.guided_steps and not is_second else {}
 
         return after_call
 

@@ -29,10 +29,11 @@ class LoraSchedule:
         self._whole: list[AppliedLora] | None = None
 
     @property
-    def before_step(self) -> Callable[[float], None] | None:
+    def before_step(self) -> Callable[[float], bool] | None:
         """Makes sure, before a step, that its LoRAs are merged; takes what render's `before_step` gets.
 
-        None where nothing ever changes. Raises LoraIncompatible and RestoreFailed; `merged` then puts all back.
+        It says whether it changed weights. None where nothing ever changes. Raises LoraIncompatible and RestoreFailed;
+        `merged` then puts all back.
         """
         return None if all(span.is_whole for span in self._spans) else self._before_step
 
@@ -58,15 +59,16 @@ class LoraSchedule:
         """What each LoRA did, to be asked for after the render."""
         return [self._result(index) for index in range(len(self._loras))] if self._whole is None else self._whole
 
-    def _before_step(self, done: float) -> None:
+    def _before_step(self, done: float) -> bool:
         acting = self._acting(done)
         if acting == self._merged:
-            return
+            return False
         switched = [now != before for now, before in zip(acting, self._merged, strict=True)]
         with self._run.measure("applying_loras"):
             self._engine.reapply_unet(self._those(acting), switched=self._those(switched))
         self._merged = acting
         self._acted = [now or before for now, before in zip(acting, self._acted, strict=True)]
+        return True
 
     def _acting(self, done: float) -> list[bool]:
         return [span.covers(done) for span in self._spans]

@@ -37,6 +37,8 @@ MAX_TIMESTEP = 999
 # AUTOMATIC1111's sliders end there.
 MAX_MASK_BLUR, MAX_INPAINT_PADDING = 64, 256
 MAX_GUIDANCE = 100.0
+# The figures of DeepCache's authors end there.
+MAX_DEEP_CACHE = 10
 MAX_IMAGES = 8
 MAX_SEED = 2**64 - 1
 MAX_LORAS = 32
@@ -140,11 +142,12 @@ class GenerationRequest:
     picture: the former stand in place of `prompt`, and the first of the latter is `seed`. No seed is negative.
     `scheduler` and `schedule_type` are the names of the tables in schedulers.py. Where there are `timesteps`,
     `num_inference_steps` is their number. An `eta` of None is the sampler's own. `strength` is used with a picture or a
-    refiner only. `cfg_end` is the share of the steps after which there is no guidance. `image` means the same as
-    `image_url`, and `mask` as `mask_url`; width and height are the answer's, `extend` included. `loras` and
-    `embeddings` are the usable entries; `..._requested` says that the request had some, usable or not; `given` names
-    the input's fields that it did not leave out or null; `refiner` is the name of the worker's refiner, empty where it
-    has none; `values` is what the rules between fields look at. Values made directly are not checked.
+    refiner only. `cfg_end` is the share of the steps after which there is no guidance. The UNet's deep blocks run at
+    every `deep_cache`-th step. `image` means the same as `image_url`, and `mask` as `mask_url`; width and height are
+    the answer's, `extend` included. `loras` and `embeddings` are the usable entries; `..._requested` says that the
+    request had some, usable or not; `given` names the input's fields that it did not leave out or null; `refiner` is
+    the name of the worker's refiner, empty where it has none; `values` is what the rules between fields look at. Values
+    made directly are not checked.
     """
 
     prompt: str = _input(or_null(text(MAX_PROMPT_CHARACTERS)), None, lambda value: value or "")
@@ -166,6 +169,7 @@ class GenerationRequest:
     guidance_scale: float = _input(number(0, MAX_GUIDANCE), 5.5, float)
     guidance_rescale: float = _input(number(0, 1), 0.0, float)
     cfg_end: float = _input(number(0, 1), 1.0, float)
+    deep_cache: int = _input(whole(1, MAX_DEEP_CACHE), 1)
     num_images: int = _input(whole(1, MAX_IMAGES), 1)
     image_url: str | None = _input(or_null(picture()), None, _none_if_empty)
     image: str | None = _input(or_null(picture()), None, _none_if_empty)

@@ -12,6 +12,9 @@ from sdxl_worker.request.values import SPAN_TOLERANCE
 from sdxl_worker.schedulers import AUTOMATIC, SCHEDULERS, SCHEDULES
 from sdxl_worker.text import shown
 
+# Its authors' figures are of 20 steps and more; the fewer there are, the less one has in common with the next.
+_MIN_DEEP_CACHE_STEPS = 10
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -102,7 +105,7 @@ def sampling_warnings(values: Mapping[str, Any]) -> list[str]:
         warnings.append(f"eta has no effect with scheduler {scheduler.name}; it is for {others}")
     if values["guidance_rescale"] > 0 and values["guidance_scale"] <= 1:
         warnings.append("guidance_rescale has no effect where guidance_scale is at most 1")
-    return warnings + _cfg_end_warnings(values)
+    return warnings + _cfg_end_warnings(values) + _deep_cache_warnings(values)
 
 
 def guided_steps(steps: int, share: float) -> int:
@@ -121,4 +124,16 @@ def _cfg_end_warnings(values: Mapping[str, Any]) -> list[str]:
     # Of a run that leaves out its first steps this holds all the more; other passes have numbers of their own.
     if values["hires"] is None and not values["refiner"] and guided_steps(run, share) == run:
         return [f"cfg_end {share:g} has no effect in {steps} steps: less than that share lies behind the last one"]
+    return []
+
+
+def _deep_cache_warnings(values: Mapping[str, Any]) -> list[str]:
+    steps = values["num_inference_steps"]
+    # Other passes have numbers of their own.
+    if values["deep_cache"] == 1 or values["hires"] is not None or values["refiner"]:
+        return []
+    if steps <= 2:
+        return ["deep_cache has no effect in 2 steps or fewer: the first and the last are calculated whole"]
+    if steps < _MIN_DEEP_CACHE_STEPS:
+        return [f"deep_cache is for {_MIN_DEEP_CACHE_STEPS} steps or more: in {steps} each changes much of the picture"]
     return []

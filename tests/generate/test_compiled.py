@@ -96,6 +96,8 @@ def test_switches_sizes_and_prompts_compile_nothing_anew(device: str, tmp_path: 
         answer = worker.run({"input": fields})
         assert "images" in answer, answer
         assert graphs() == warm, fields
+    worker.run({"input": {**fields, "num_inference_steps": 4, "guidance_scale": 5.5, "cfg_end": 0.5, "deep_cache": 2}})
+    assert graphs() == warm
     assert compiled.is_compiled(pipeline)
     assert weight_hash(pipeline) == before
 

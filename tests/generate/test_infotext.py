@@ -63,8 +63,9 @@ def test_the_sampler_as_a1111_writes_it():
 
 
 def test_what_leaves_calculations_out_is_said_where_it_does():
-    assert settings_of(infotext(GenerationRequest("a", cfg_end=0.6), 0, "m"))["CFG end"] == "0.6"
-    assert "CFG end" not in infotext(GenerationRequest("a", cfg_end=1), 0, "m")
+    settings = settings_of(infotext(GenerationRequest("a", cfg_end=0.6, deep_cache=3), 0, "m"))
+    assert (settings["CFG end"], settings["DeepCache interval"]) == ("0.6", "3")
+    assert not {"CFG end", "DeepCache interval"} & set(settings_of(infotext(GenerationRequest("a"), 0, "m")))
     assert "CFG end" not in infotext(GenerationRequest("a", cfg_end=0.6, guidance_scale=1), 0, "m")
 
 

@@ -146,6 +146,7 @@ def _good(random: Random) -> dict[str, Any]:
         "eta": random.choice((None, 0, 1)),
         "guidance_rescale": random.choice((0, 0.7, 1)),
         "cfg_end": random.choice((1, 1, 0, 0.5, 1e-9)),
+        "deep_cache": random.choice((1, 1, 2, 10)),
         "seed": random.choice((None, -1, 0, 2**64 - 1)),
         "guidance_scale": random.choice((0, 1, 7.5, 100)),
         "num_images": random.choice((1, 1, 8)),

@@ -179,6 +179,17 @@ def test_guidance_that_does_not_end_is_said():
     assert valid(cfg_end=0.905, num_inference_steps=10, scheduler="PNDM").warnings == ()
 
 
+def test_deep_cache_in_few_steps_is_said():
+    assert valid(deep_cache=3, num_inference_steps=10).warnings == valid(deep_cache=1).warnings == ()
+    assert valid(deep_cache=3, num_inference_steps=9).warnings == (
+        "deep_cache is for 10 steps or more: in 9 each changes much of the picture",
+    )
+    none = ("deep_cache has no effect in 2 steps or fewer: the first and the last are calculated whole",)
+    assert valid(deep_cache=3, num_inference_steps=2).warnings == none
+    assert valid(deep_cache=3, num_inference_steps=2, hires={"steps": 20}).warnings == ()
+    assert problem(deep_cache=0).startswith("deep_cache must be a whole number from 1 to 10, not 0")
+
+
 @pytest.mark.parametrize(
     ("steps", "share", "guided"), [(20, 0.6, 12), (4, 0.5, 2), (4, 0.51, 3), (10, 0.1 + 0.2, 3), (5, 0, 0), (5, 1, 5)]
 )

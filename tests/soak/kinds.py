@@ -110,6 +110,7 @@ def _text_to_image(url: str) -> list[Kind]:
         _drawn("DPM++ SDE", scheduler="DPM++ SDE"),
         _drawn("DDIM with eta", scheduler="DDIM", eta=0.7, guidance_rescale=0.5),
         _drawn("guidance that ends", cfg_end=0.5),
+        _drawn("deep cache", deep_cache=2, loras=[{"path": EXAMPLE_LORA, "end": 0.5}]),
         _drawn("DPM++ 2M SGM", scheduler="DPM++ 2M", schedule_type="sgm_uniform"),
         _drawn("webp with previews", output_format="webp", preview=True),
         Kind("inspection", {**SMALL, "prompt": "a (cat:1.3)", "inspect_prompt": True, **tags}, pictures=0),
