@@ -17,7 +17,7 @@ from sdxl_worker.assets.kind import Kind
 from sdxl_worker.assets.report import file_facts, listed_json, write_facts, write_json, write_list, write_table
 from sdxl_worker.assets.store import AssetStore
 from sdxl_worker.errors import WorkerError
-from sdxl_worker.generate.base_model import BaseModel, find_base_model, find_refiner, find_vae
+from sdxl_worker.generate.base_model import BaseModel, find_base_model, find_preview_vae, find_refiner, find_vae
 from sdxl_worker.generate.checkpoint_facts import read_checkpoint
 from sdxl_worker.kinds import CHECKPOINT, EMBEDDING, LORA
 from sdxl_worker.logs import masked
@@ -108,8 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 _DESCRIPTION = """\
-Without options: download the base model (MODEL_ID), the VAE (VAE_ID) and, where REFINER_ID names one, the
-refiner, as the image build does.
+Without options: download the base model (MODEL_ID), the VAE (VAE_ID) and, where REFINER_ID and PREVIEW_VAE_ID
+name them, the refiner and the VAE of the previews, as the image build does.
 With --lora, --embedding, --list, --prune or --verify: fill, show or tend the cache of LoRAs and
 embeddings (LORA_CACHE_DIR). With --checkpoint: get that base model; --inspect says what it is."""
 
@@ -128,8 +128,8 @@ examples
   LORA_CACHE_DIR=.cache/loras python download_weights.py --lora user/repo --inspect
   python download_weights.py --checkpoint my-model.safetensors --inspect
 
-environment: MODEL_ID, VAE_ID, REFINER_ID, LORA_CACHE_DIR, LORA_CACHE_MAX_GB, LORA_MAX_MB, DOWNLOAD_TIMEOUT;
-HF_TOKEN and CIVITAI_API_TOKEN open private and gated files. README.md lists them all.
+environment: MODEL_ID, VAE_ID, PREVIEW_VAE_ID, REFINER_ID, LORA_CACHE_DIR, LORA_CACHE_MAX_GB, LORA_MAX_MB,
+DOWNLOAD_TIMEOUT; HF_TOKEN and CIVITAI_API_TOKEN open private and gated files. README.md lists them all.
 
 exit status: 0 when everything asked for worked, 1 when something failed (standard error says
 what, with the code of README's error table), 2 when the options make no sense."""
@@ -253,6 +253,10 @@ def _get_base_model(options: argparse.Namespace, settings: Settings) -> int:
     if settings.refiner_id:
         with _progress_bar(mask(settings.refiner_id)) as update:
             refiner = find_refiner(settings, on_progress=update)
+    preview_vae = None
+    if settings.preview_vae_id:
+        with _progress_bar(mask(settings.preview_vae_id)) as update:
+            preview_vae = find_preview_vae(settings, on_progress=update)
     facts = {
         "model": model.name,
         "kind": model.kind,
@@ -261,6 +265,8 @@ def _get_base_model(options: argparse.Namespace, settings: Settings) -> int:
     }
     if refiner is not None:
         facts |= {"refiner": refiner.name, "refiner_path": str(refiner.path or "")}
+    if preview_vae is not None:
+        facts["preview_vae"] = str(preview_vae)
     if options.json:
         write_json(facts)
     else:

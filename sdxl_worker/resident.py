@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from sdxl_worker import prompts
+from sdxl_worker.generate.previews import Previews
 from sdxl_worker.lora.engine import LoraEngine
 from sdxl_worker.settings import Settings
 
@@ -32,6 +33,7 @@ class Resident:
         self._model_hash: Future[str] | None = None
         self.head_start: HeadStart | None = None
         self._attention = ""
+        self._previews = Previews()
         self._engines: weakref.WeakKeyDictionary[Any, LoraEngine] = weakref.WeakKeyDictionary()
 
     @property
@@ -41,6 +43,7 @@ class Resident:
             if self._pipeline is None:
                 from sdxl_worker.generate.load import load_pipeline
                 from sdxl_worker.generate.model_hash import start_hashing
+                from sdxl_worker.generate.preview_vae import load_preview_vae
                 from sdxl_worker.generate.refiner import load_refiner
 
                 # For one time: what could not be loaded is read and hashed anew when it is asked for again.
@@ -56,6 +59,7 @@ class Resident:
                     compiled.compile_in_place(pipeline, kernel=self._attention)
                 # Copied now: no render may use the originals meanwhile.
                 prompts.tokenizers_of(pipeline)
+                self._previews = Previews(load_preview_vae(self._settings, pipeline))
                 self.use(pipeline, load_refiner(self._settings, pipeline))
                 early = head_start.hash_of(model) if head_start else None
                 self._model_hash = early or start_hashing(model, pipeline)
@@ -82,6 +86,11 @@ class Resident:
         return self._refiner
 
     @property
+    def previews(self) -> Previews:
+        """What makes previews of the latents of a run."""
+        return self._previews
+
+    @property
     def model_hash(self) -> str:
         """Waits for it; empty where the base model has none."""
         return self._model_hash.result() if self._model_hash else ""
@@ -102,5 +111,6 @@ class Resident:
         """Let go of everything; the next job would load it again."""
         with self._lock:
             self._pipeline = self._refiner = self._model_hash = None
+            self._previews = Previews()
             self._engines.clear()
         gc.collect()

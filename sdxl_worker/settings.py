@@ -36,6 +36,9 @@ class Settings:
         "MODEL_ID", "stabilityai/stable-diffusion-xl-base-1.0", "base model: Hub repo id, local folder or file, or tiny"
     )
     vae_id: str = _variable("VAE_ID", "madebyollin/sdxl-vae-fp16-fix", "VAE used on GPU; empty = the model's own")
+    preview_vae_id: str = _variable(
+        "PREVIEW_VAE_ID", "", "small VAE that draws the previews, such as madebyollin/taesdxl; empty = rough colours"
+    )
     refiner_id: str = _variable(
         "REFINER_ID", "", "SDXL refiner, in the forms of MODEL_ID; empty = none, and the refiner's fields do nothing"
     )

@@ -242,11 +242,10 @@ class Worker:
 
     def _draw(self, pipeline: Any, prepared: Prepared, run: JobRun) -> tuple[list[Image], list[AppliedLora]]:
         """Render on the device, with the LoRAs merged in; all that this takes is undone in reverse whatever happens."""
-        from sdxl_worker.generate.previews import Previews
         from sdxl_worker.generate.render import render
 
         request = prepared.request
-        on_step = functools.partial(_after_step, run, Previews() if request.preview else None)
+        on_step = functools.partial(_after_step, run, self.resident.previews if request.preview else None)
         loras = LoraSchedule(self.engine_of(pipeline), prepared.loras, run) if prepared.loras else None
         with ExitStack() as stack:
             ahead = stack.enter_context(ExitStack())

@@ -176,17 +176,27 @@ def test_the_base_model_is_what_no_option_means(server: FileServer, capsys: pyte
     assert (code, json.loads(out)["kind"], "refiner" in json.loads(out)) == (0, "tiny", False)
 
 
-def test_the_refiner_is_fetched_with_it(
-    server: FileServer, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("variable", "index", "fact"),
+    [("REFINER_ID", "model_index.json", "refiner_path"), ("PREVIEW_VAE_ID", "config.json", "preview_vae")],
+)
+def test_what_goes_with_it_is_fetched_with_it(
+    variable: str,
+    index: str,
+    fact: str,
+    server: FileServer,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ):
-    (tmp_path / "refiner").mkdir()
-    (tmp_path / "refiner" / "model_index.json").write_text("{}")
-    monkeypatch.setenv("REFINER_ID", str(tmp_path / "refiner"))
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / index).write_text("{}")
+    monkeypatch.setenv(variable, str(tmp_path / "there"))
     code, out, _ = run(capsys, "--json")
-    assert (code, json.loads(out)["refiner_path"]) == (0, str(tmp_path / "refiner"))
-    monkeypatch.setenv("REFINER_ID", str(tmp_path / "nothing"))
+    assert (code, json.loads(out)[fact]) == (0, str(tmp_path / "there"))
+    monkeypatch.setenv(variable, str(tmp_path / "nothing"))
     code, _, err = run(capsys)
-    assert (code, "REFINER_ID" in err) == (1, True)
+    assert (code, variable in err) == (1, True)
 
 
 def test_a_missing_base_model_says_what_to_do(

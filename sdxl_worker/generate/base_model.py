@@ -33,6 +33,7 @@ _WEIGHT_KINDS = tuple(
     for precision in (rf"\.fp16{_SHARD}", "")
 )
 
+OnProgress = Callable[..., None] | None
 T = TypeVar("T")
 
 
@@ -56,6 +57,7 @@ BASE_MODEL = Wanted(
 # Text encoder and VAE are those of the base model.
 REFINER = Wanted("REFINER_ID", "model_index.json", frozenset({"scheduler", "unet"}), ("unet",))
 _VAE = Wanted("VAE_ID", "config.json")
+_PREVIEW_VAE = Wanted("PREVIEW_VAE_ID", "config.json")
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class BaseModel:
 
 
 def find_base_model(
-    settings: Settings, *, runpod_cache: Path = RUNPOD_CACHE, on_progress: Callable[..., None] | None = None
+    settings: Settings, *, runpod_cache: Path = RUNPOD_CACHE, on_progress: OnProgress = None
 ) -> BaseModel:
     """MODEL_ID as tiny, a local folder or file, a repo that is cached or gets downloaded, or a URL of one file.
 
@@ -104,7 +106,7 @@ def base_model_here(settings: Settings, *, runpod_cache: Path = RUNPOD_CACHE) ->
 
 
 def find_refiner(
-    settings: Settings, *, runpod_cache: Path = RUNPOD_CACHE, on_progress: Callable[..., None] | None = None
+    settings: Settings, *, runpod_cache: Path = RUNPOD_CACHE, on_progress: OnProgress = None
 ) -> BaseModel | None:
     """REFINER_ID, found or downloaded like a base model; None when it is empty. Raises ModelUnavailable."""
     if not settings.refiner_id:
@@ -148,36 +150,43 @@ def _find_model(
     return BaseModel("file", path, reference.shown, allow_vae_override=True)
 
 
-def find_vae(
-    settings: Settings, *, runpod_cache: Path = RUNPOD_CACHE, on_progress: Callable[..., None] | None = None
-) -> Path | None:
+def find_vae(settings: Settings, *, runpod_cache: Path = RUNPOD_CACHE, on_progress: OnProgress = None) -> Path | None:
     """The folder or .safetensors file of VAE_ID's VAE, found or downloaded like a base model; None when it is empty.
 
     Raises ModelUnavailable.
     """
-    if not settings.vae_id:
+    return _find_part(settings.vae_id, _VAE, settings, runpod_cache, on_progress)
+
+
+def find_preview_vae(
+    settings: Settings, *, runpod_cache: Path = RUNPOD_CACHE, on_progress: OnProgress = None
+) -> Path | None:
+    """PREVIEW_VAE_ID, found or downloaded like VAE_ID."""
+    return _find_part(settings.preview_vae_id, _PREVIEW_VAE, settings, runpod_cache, on_progress)
+
+
+def _find_part(
+    part_id: str, wanted: Wanted, settings: Settings, runpod_cache: Path, on_progress: OnProgress
+) -> Path | None:
+    if not part_id:
         return None
-    local = Path(settings.vae_id).expanduser()
+    local = Path(part_id).expanduser()
     if local.is_dir() or (local.is_file() and local.suffix == ".safetensors"):
         return local
     try:
-        reference = parse_reference(settings.vae_id, settings, VAE)
+        reference = parse_reference(part_id, settings, VAE)
     except FetchError:
         raise ModelUnavailable(
-            "VAE_ID is neither a Hub repo id, an existing folder or .safetensors file nor a URL; "
+            f"{wanted.variable} is neither a Hub repo id, an existing folder or .safetensors file nor a URL; "
             "set it, or set it to empty"
         ) from None
     if isinstance(reference, HubReference) and not reference.path:
-        return _find_repo(reference, _VAE, settings, runpod_cache, on_progress)
-    return find_weights(settings.vae_id, VAE, "VAE_ID", AssetStore(settings), on_progress)
+        return _find_repo(reference, wanted, settings, runpod_cache, on_progress)
+    return find_weights(part_id, VAE, wanted.variable, AssetStore(settings), on_progress)
 
 
 def _find_repo(
-    reference: HubReference,
-    wanted: Wanted,
-    settings: Settings,
-    runpod_cache: Path,
-    on_progress: Callable[..., None] | None,
+    reference: HubReference, wanted: Wanted, settings: Settings, runpod_cache: Path, on_progress: OnProgress
 ) -> Path:
     found = _snapshot_here(reference, wanted, runpod_cache)
     if found is not None:

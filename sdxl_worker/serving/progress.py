@@ -21,7 +21,6 @@ MIN_SECONDS_BETWEEN_UPDATES = 1.0
 MIN_SECONDS_BETWEEN_STAGES = 0.2
 # The SDK tries an update three times with about two seconds between; after this the answer goes out all the same.
 MAX_SECONDS_IN_FLIGHT = 30.0
-PREVIEW_FAILED = "a preview failed"
 
 
 class RunPodProgress:
@@ -38,6 +37,7 @@ class RunPodProgress:
         self._last_sent = -MIN_SECONDS_BETWEEN_UPDATES
         self._last_stage = ""
         self._in_flight: threading.Thread | None = None
+        self._draws_previews = True
 
     def update(self, event: ProgressEvent) -> None:
         with self._lock:
@@ -47,10 +47,25 @@ class RunPodProgress:
                 return
             self._last_sent, self._last_stage = time.monotonic(), event.name
             try:
-                self._in_flight = self._send(event.as_json(), _begun_preview(event))
+                self._in_flight = self._send(event.as_json(), self._begun_preview(event))
             except Exception:
                 # A job must not fail because its progress could not be told.
                 logger.warning("progress update failed", exc_info=True)
+
+    def _begun_preview(self, event: ProgressEvent) -> Callable[[], str] | None:
+        """What makes the event's preview; None where it has none, or one of the job's has failed."""
+        if not isinstance(event, Denoising) or event.preview is None or not self._draws_previews:
+            return None
+        try:
+            return event.preview()
+        except Exception:
+            self._preview_failed()
+            return None
+
+    def _preview_failed(self) -> None:
+        # The next one would fail as well, once a second.
+        self._draws_previews = False
+        logger.warning("a preview failed; this job gets no more of them", exc_info=True)
 
     def _send(self, progress: dict[str, Any], preview: Callable[[], str] | None) -> threading.Thread:
         """Start the SDK's update in a thread of ours: the SDK's own `progress_update` keeps its thread to itself.
@@ -66,7 +81,7 @@ class RunPodProgress:
                     if self._closed:
                         return
             except Exception:
-                logger.warning(PREVIEW_FAILED, exc_info=True)
+                self._preview_failed()
             try:
                 rp_progress._thread_target(self._job, progress)
             except Exception:
@@ -84,15 +99,6 @@ class RunPodProgress:
             self._in_flight.join(MAX_SECONDS_IN_FLIGHT)
             if self._in_flight.is_alive():
                 logger.warning("a progress update is still on its way after %g s", MAX_SECONDS_IN_FLIGHT)
-
-
-def _begun_preview(event: ProgressEvent) -> Callable[[], str] | None:
-    """What makes the event's preview; None where it has none, or none could be begun."""
-    try:
-        return event.preview() if isinstance(event, Denoising) and event.preview else None
-    except Exception:
-        logger.warning(PREVIEW_FAILED, exc_info=True)
-        return None
 
 
 class BarProgress:

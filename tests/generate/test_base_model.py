@@ -20,6 +20,7 @@ from sdxl_worker.generate.base_model import (
     BaseModel,
     base_model_here,
     find_base_model,
+    find_preview_vae,
     find_refiner,
     find_vae,
     needed_files,
@@ -215,6 +216,19 @@ def test_the_vae(stand_in: Hub, tmp_path: Path):
     for vae_id in ("user/absent", "no-such-folder", "user/vae/absent.safetensors", str(tmp_path / "absent.ckpt")):
         with pytest.raises(ModelUnavailable, match="VAE_ID"):
             find_vae(Settings(vae_id=vae_id, hf_endpoint=stand_in.endpoint), runpod_cache=tmp_path)
+
+
+def test_the_vae_of_previews_is_found_as_the_vae_is(stand_in: Hub, tmp_path: Path):
+    stand_in.add("user/taesdxl", Repo(VAE))
+    settings = Settings(preview_vae_id="user/taesdxl", hf_endpoint=stand_in.endpoint)
+    path = find_preview_vae(settings, runpod_cache=tmp_path / "volume")
+    assert path is not None
+    assert sorted(file.name for file in path.iterdir()) == sorted(VAE)
+    assert find_preview_vae(Settings()) is None
+    for preview_vae_id in ("user/absent", "no-such-folder"):
+        settings = Settings(preview_vae_id=preview_vae_id, hf_endpoint=stand_in.endpoint)
+        with pytest.raises(ModelUnavailable, match="PREVIEW_VAE_ID"):
+            find_preview_vae(settings, runpod_cache=tmp_path)
 
 
 def test_a_vae_in_one_file(stand_in: Hub, tmp_path: Path):

@@ -157,12 +157,15 @@ def test_a_preview_that_the_job_s_end_overtakes_is_not_sent(queue, monkeypatch):
 
 
 @pytest.mark.parametrize("preview", [lambda: 1 / 0, lambda: lambda: str(1 / 0)], ids=["begun", "finished"])
-def test_a_preview_that_fails_leaves_the_rest_of_the_update(queue, preview, caplog):
+def test_a_preview_that_fails_is_the_last_and_leaves_the_rest_of_the_update(queue, clock, preview, caplog):
     reporter = RunPodProgress({"id": "j"})
-    reporter.update(Denoising(1, 8, preview))
+    for step, of_step in ((1, preview), (2, lambda: lambda: "picture")):
+        clock.now += 2
+        reporter.update(Denoising(step, 8, of_step))
+        landed(reporter)
     reporter.close()
-    assert sent(queue) == [{"stage": "denoising", "step": 1, "steps": 8}]
-    assert "a preview failed" in caplog.text
+    assert sent(queue) == [{"stage": "denoising", "step": step, "steps": 8} for step in (1, 2)]
+    assert caplog.text.count("a preview failed") == 1
 
 
 def test_the_bar_shows_stage_steps_and_bytes(capsys):
