@@ -38,7 +38,8 @@ logger = logging.getLogger(__name__)
 _COMPILERS = ("torch._dynamo", "torch._inductor", "torch._functorch", "torch.fx", "triton")
 _TOOL_ERRORS = ("InvalidCxxCompiler", "TritonMissing", "GPUTooOldForTriton")
 CACHE_VARIABLES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
-# For one function. SDXL's ResNet blocks have twelve pairs of widths, each for several pictures and for one.
+# Of one function, where torch allows eight. SDXL's ResNet blocks have twelve pairs of widths, each for several pictures
+# and for one.
 _MOST_GRAPHS = 64
 # Width and height, unequal: on a GPU near those that are asked for most, since kernels are tuned for the first.
 _GPU_SIZE, _CPU_SIZE = (896, 1152), (320, 384)
@@ -61,14 +62,26 @@ def compile_in_place(
         model.to(memory_format=torch.channels_last)
     blocks = list(_blocks(pipeline, pipeline.device.type == "cuda" if gpu is None else gpu))
     fallback = _Fallback(blocks)
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_GRAPHS)
     if kernel:
-        torch.compiler.config.cache_key_tag = f"attention {kernel}"
+        backend = _tagged(backend, f"attention {kernel}")
     for block in blocks:
         # The forward method and not the module's call: that is the same function for all modules, and torch keeps a
         # few graphs for each function.
         compiled = torch.compile(block.forward, fullgraph=True, dynamic=True, backend=backend)
         block._compiled_call_impl = fallback.around(block, compiled)
+
+
+def _tagged(backend: str | Callable[..., Any], tag: str) -> Callable[..., Any]:
+    """The backend, for which torch's caches have entries of their own."""
+    config: Any = torch.compiler.config
+    compile_graph = torch._dynamo.lookup_backend(backend)
+
+    def tagged(graph: torch.fx.GraphModule, inputs: list[Any], **options: Any) -> Any:
+        # Here, since torch's settings hold for one thread.
+        with config.patch(cache_key_tag=tag):
+            return compile_graph(graph, inputs, **options)
+
+    return tagged
 
 
 def is_compiled(pipeline: StableDiffusionXLPipeline) -> bool:
@@ -134,14 +147,17 @@ class _Fallback:
                     raise
                 again = self._next_try(block, error)
             # Outside of the handler: the error's frames hold tensors.
-            return compiled(*args, **kwargs) if again else block._call_impl(*args, **kwargs)
+            return call(*args, **kwargs) if again else block._call_impl(*args, **kwargs)
 
         return call
 
     def _next_try(self, block: nn.Module, error: Exception) -> bool:
-        """True to try once more, elsewhere on the disk; else blocks of that class, or this call alone, go on as
-        written."""
+        """True to try once more, which can go well now; else that class of blocks, or this call, goes on as written."""
         if type(error).__name__ == "FailOnRecompileLimitHit":
+            if torch._dynamo.config.recompile_limit < _MOST_GRAPHS:
+                # For this thread, as torch's settings are: jobs may run in another one than the warm-up.
+                torch._dynamo.config.recompile_limit = _MOST_GRAPHS
+                return True
             # A shape of its own, which one more graph would serve: the others stay compiled.
             if not self._has_met_the_limit:
                 logger.warning("COMPILE: too many forms of %s are compiled: new ones run as written", _name(block))

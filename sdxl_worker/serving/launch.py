@@ -7,6 +7,7 @@ import functools
 import json
 import logging
 import os
+import sys
 import tempfile
 from collections.abc import Iterable
 from dataclasses import fields
@@ -154,9 +155,15 @@ def keep_compiled_code(settings: Settings) -> None:
         reason = error.strerror or type(error).__name__
         logger.warning("COMPILE_CACHE_DIR %s cannot be written (%s): compiled code is kept locally", folder, reason)
         return
-    if settings.compile:
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    if settings.compile and os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, _torchs_own_folder()):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
     os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
+
+
+def _torchs_own_folder() -> str | None:
+    """What torch sets its variable to while it is imported, by diffusers among others; None before that."""
+    module = sys.modules.get("torch._inductor.runtime.cache_dir_utils")
+    return module.default_cache_dir() if module else None
 
 
 def start(config: dict[str, Any], checks: Iterable[functools.partial[None]]) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,8 @@ def test_switches_sizes_and_prompts_compile_nothing_anew(device: str, tmp_path: 
         read = worker.run({"input": {"prompt": prompt, "prompt_syntax": "a1111", "inspect_prompt": True}})
         assert len(read["inspection"]["prompt"]) == chunks
     prompts = list(PROMPTS.values())
+    # In a thread of its own, as the SDK's loop has it: some of torch's settings are each thread's own.
+    jobs = ThreadPoolExecutor(1)
     for number in range(20):
         width, height = SIZES[number % 3]
         fields = {
@@ -93,7 +96,7 @@ def test_switches_sizes_and_prompts_compile_nothing_anew(device: str, tmp_path: 
             "seed": number,
             "loras": [{"path": f"{names[number % len(names)]}.safetensors", "scale": 0.01 * (number + 1)}],
         }
-        answer = worker.run({"input": fields})
+        answer = jobs.submit(worker.run, {"input": fields}).result()
         assert "images" in answer, answer
         assert graphs() == warm, fields
     worker.run({"input": {**fields, "num_inference_steps": 4, "guidance_scale": 5.5, "cfg_end": 0.5, "deep_cache": 2}})
@@ -119,6 +122,22 @@ def test_what_cannot_be_compiled_is_drawn_as_written(caplog: pytest.LogCaptureFi
     assert "no compiler here" in said[0]
 
 
+def test_a_thread_that_compiles_has_the_worker_s_limit(caplog: pytest.LogCaptureFixture):
+    """More forms of a block than torch allows are compiled, in a thread to which nobody has said so."""
+    pipeline = tiny("cpu")
+    compiled.compile_in_place(pipeline, "eager")
+
+    def draw() -> None:
+        with torch._dynamo.config.patch(recompile_limit=1):
+            render(pipeline, REQUEST)
+            render(pipeline, dataclasses.replace(REQUEST, guidance_scale=1.0))
+
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(draw).result()
+    assert graphs() > 1
+    assert "too many forms" not in caplog.text
+
+
 def test_what_one_class_fails_at_costs_the_others_nothing(caplog: pytest.LogCaptureFixture):
     """Whatever is wrong with ResNet blocks on some GPU, the transformer blocks stay compiled."""
     pipeline = tiny("cpu")
@@ -137,12 +156,19 @@ def test_what_one_class_fails_at_costs_the_others_nothing(caplog: pytest.LogCapt
     assert "the model's ResnetBlock2D cannot be compiled here (RuntimeError: no convolutions here)" in caplog.text
 
 
-def test_code_for_one_attention_kernel_is_not_taken_for_another(monkeypatch: pytest.MonkeyPatch):
+def test_code_for_one_attention_kernel_is_not_taken_for_another():
     """torch's cache looks at the graph, in which the kernel does not stand: the tag, which it looks at too, says it."""
-    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "")
+    tags = set()
+
+    def noting(graph: torch.fx.GraphModule, _inputs: object) -> object:
+        tags.add(torch.compiler.config.cache_key_tag)
+        return graph.forward
+
     pipeline = tiny("cpu")
-    compiled.compile_in_place(pipeline, "eager", kernel="math")
-    assert torch.compiler.config.cache_key_tag == "attention math"
+    compiled.compile_in_place(pipeline, noting, kernel="math")
+    render(pipeline, REQUEST)
+    assert tags == {"attention math"}
+    assert torch.compiler.config.cache_key_tag == ""
 
 
 def test_a_folder_that_takes_nothing_gives_way_to_a_local_one(caplog, monkeypatch, tmp_path: Path):
@@ -168,8 +194,11 @@ def test_a_folder_that_takes_nothing_gives_way_to_a_local_one(caplog, monkeypatc
     assert "COMPILE_CACHE_DIR cannot be used (OSError: [Errno 28] No space left on device)" in caplog.text
 
 
-def test_a_shape_beyond_the_limit_of_graphs_is_drawn_as_written(caplog: pytest.LogCaptureFixture):
+def test_a_shape_beyond_the_limit_of_graphs_is_drawn_as_written(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
     """One row for the UNet instead of two wants a graph of its own; the rest stays compiled."""
+    monkeypatch.setattr(compiled, "_MOST_GRAPHS", 1)
     without_guidance = dataclasses.replace(REQUEST, guidance_scale=1.0)
     pipeline = tiny("cpu")
     (plain,) = render(pipeline, without_guidance)

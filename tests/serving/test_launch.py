@@ -6,6 +6,7 @@ import re
 
 import pytest
 import runpod.serverless as sdk
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from sdxl_worker.serving.launch import check_local_job, has_a_job, help_text, keep_compiled_code, mode_of, wants_help
 from sdxl_worker.serving.mode import Mode
@@ -81,6 +82,17 @@ def test_compiled_code_is_kept_where_the_setting_says(tmp_path, monkeypatch, cap
     keep_compiled_code(Settings(compile=1, compile_cache_dir=tmp_path / "compiled"))
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "set/by/the/operator"
     assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "compiled" / "triton")
+
+
+def test_the_folder_that_torch_chose_itself_gives_way(tmp_path, monkeypatch):
+    """torch writes it into its variable while it is imported, which may come first."""
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    own = cache_dir()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == own
+    keep_compiled_code(Settings(compile=1, compile_cache_dir=tmp_path / "compiled"))
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "compiled")
 
 
 @pytest.mark.parametrize("has_gpu", [True, False])
