@@ -18,19 +18,12 @@ from sdxl_worker.lora.engine import LoraEngine
 from sdxl_worker.request import LoraScale
 from sdxl_worker.request.validation import validate_request
 from tests.integration.conftest import ENDLESS, SMALL, Workers
+from tests.integration.hasty_worker import SCRIPT
 from tests.integration.queue_server import QueueServer
 from tests.integration.worker_process import WorkerProcess
 from tests.support.http_server import FileServer, drip
 
 ROUNDS = 10
-
-
-# A worker that sends an answer as often as any other, without the seconds in between.
-HASTY = """
-import sys, aiohttp_retry, handler
-aiohttp_retry.FibonacciRetry.get_timeout = lambda *_, **__: 0.0
-sys.exit(handler.main())
-"""
 
 
 @dataclass(frozen=True)
@@ -127,7 +120,7 @@ def loop(queue: QueueServer, workers: Workers, files: FileServer, lora_bytes: by
         submitted.append((job_id, kind))
         if kind.twice:
             queue.submit(kind.fields, job_id=job_id)
-    worker = workers.start("loop", script=HASTY, WORKER_CONCURRENCY="2")
+    worker = workers.start("loop", script=SCRIPT, WORKER_CONCURRENCY="2")
     warm_bytes = 0
     for job_id, kind in submitted:
         if kind.stop_at:

@@ -7,8 +7,7 @@ import json
 import re
 import string
 import struct
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from sdxl_worker.errors import BadFile, LoraIncompatible
 from sdxl_worker.lora.file import check_lora_file
 from sdxl_worker.request import LoraScale
 from tests.support.lora_files import CONV, LINEAR, NORM, Tensors, kohya, lora, modules_for, save, weight_hash
+from tests.support.ready_process import ReadyProcess
 
 UP, DOWN, MID = "lora_up.weight", "lora_down.weight", "lora_mid.weight"
 ONE = torch.ones(1)
@@ -100,34 +100,39 @@ INFLATING = {
     "Kronecker": (LINEAR, {"lokr_w1": zeros(200, 200), "lokr_w2": zeros(200, 200)}),
 }
 
-READ = """
-import sys
-from pathlib import Path
+SETUP = """
 import torch
+torch.set_num_threads(1)
 from sdxl_worker import topology
 from sdxl_worker.lora.engine import LoraEngine
-from sdxl_worker.errors import LoraIncompatible
+from sdxl_worker.errors import AssetFileError, LoraIncompatible
+pipeline = topology.build_sdxl()
+"""
 
-def peak() -> int:
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) // 1024
 
-engine = LoraEngine(topology.build_sdxl(), 2**30)
+@pytest.fixture(scope="module")
+def fresh() -> Iterator[ReadyProcess]:
+    """A process with the tiny model."""
+    with ReadyProcess(SETUP) as process:
+        yield process
+
+
+READ = """
+engine = LoraEngine(pipeline, 2**30)
 before = peak()
 try:
-    engine.read(Path(sys.argv[1]))
+    engine.read(Path({path!r}))
 except LoraIncompatible as error:
-    print(peak() - before, error)
+    result = (peak() - before) / 2**20, str(error)
 """
 
 
 @pytest.mark.parametrize("name", INFLATING)
-def test_a_small_file_takes_little_memory(name: str, tmp_path: Path):
+def test_a_small_file_takes_little_memory(name: str, fresh: ReadyProcess, tmp_path: Path):
     module, tensors = INFLATING[name]
     path = save(tmp_path / "a.safetensors", kohya(module, tensors))
-    done = subprocess.run([sys.executable, "-c", READ, path], capture_output=True, text=True, check=True)
-    megabytes, sentence = done.stdout.split(maxsplit=1)
-    assert int(megabytes) < 150
+    megabytes, sentence = fresh.result_of(READ.format(path=str(path)))
+    assert megabytes < 150
     assert "lora_unet_" + module.replace(".", "_") in sentence
 
 
@@ -181,39 +186,29 @@ def test_alphas_alone_are_not_a_lora(engine, tmp_path: Path):
 
 
 KEEP = """
-import gc, os, sys
-from pathlib import Path
-from sdxl_worker import topology
-from sdxl_worker.lora.engine import LoraEngine
-
-def resident():
-    gc.collect()
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-engine = LoraEngine(topology.build_sdxl(), 16 * 2**20)
-paths = sorted(Path(sys.argv[1]).iterdir())
-LoraEngine(topology.build_sdxl(), 0).read(paths[0])
+engine = LoraEngine(pipeline, 16 * 2**20)
+paths = sorted(Path({folder!r}).iterdir())
+LoraEngine(pipeline, 0).read(paths[0])
 before = resident()
 for path in paths:
     engine.read(path)
-print(resident() - before)
+result = (resident() - before) / 2**20
 """
 
 
-def megabytes_kept(folder: Path) -> float:
+def megabytes_kept(fresh: ReadyProcess, folder: Path) -> float:
     """What a worker with 16 MB for read LoRAs grows by when it reads every file of `folder`."""
-    command = [sys.executable, "-c", KEEP, str(folder)]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return fresh.result_of(KEEP.format(folder=str(folder)))
 
 
-def test_metadata_is_not_kept(tmp_path: Path):
+def test_metadata_is_not_kept(fresh: ReadyProcess, tmp_path: Path):
     tensors = kohya(LINEAR, {UP: zeros(32, 4), DOWN: zeros(4, 32)})
     for index in range(30):
         save(tmp_path / f"{index}.safetensors", tensors, {"ss_tag_frequency": "x" * 4_000_000})
-    assert megabytes_kept(tmp_path) < 50
+    assert megabytes_kept(fresh, tmp_path) < 50
 
 
-def test_what_is_computed_and_kept_is_counted(pipeline, tmp_path: Path):
+def test_what_is_computed_and_kept_is_counted(pipeline, fresh: ReadyProcess, tmp_path: Path):
     """With its core folded in, a factor of this file is 16 times what the file holds of it."""
     tensors: Tensors = {}
     for module in modules_for(pipeline.unet, CONV)[:10]:
@@ -221,32 +216,26 @@ def test_what_is_computed_and_kept_is_counted(pipeline, tmp_path: Path):
         tensors |= kohya(module, {UP: zeros(out, 900), MID: zeros(900, 1, 3, 3), DOWN: zeros(1, inp)})
     for index in range(25):
         save(tmp_path / f"{index}.safetensors", tensors)
-    assert megabytes_kept(tmp_path) < 50
+    assert megabytes_kept(fresh, tmp_path) < 50
 
 
 TIMED = """
-import resource, sys
-from pathlib import Path
-from sdxl_worker import topology
-from sdxl_worker.lora.engine import LoraEngine
-from sdxl_worker.errors import AssetFileError
-engine = LoraEngine(topology.build_sdxl(), 2**30)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_utime
+engine = LoraEngine(pipeline, 2**30)
+before = time.process_time()
 try:
-    engine.read(Path(sys.argv[1]))
-except AssetFileError as error:
+    engine.read(Path({path!r}))
+except AssetFileError:
     pass
-print(resource.getrusage(resource.RUSAGE_SELF).ru_utime - before)
+result = time.process_time() - before
 """
 
 
-def cpu_seconds(path: Path) -> float:
+def cpu_seconds(fresh: ReadyProcess, path: Path) -> float:
     """The processor time that reading a file takes, whatever else the machine does."""
-    done = subprocess.run([sys.executable, "-c", TIMED, path], capture_output=True, text=True, check=True)
-    return float(done.stdout)
+    return fresh.result_of(TIMED.format(path=str(path)))
 
 
-def test_a_long_alpha_pattern_takes_no_time(pipeline, tmp_path: Path):
+def test_a_long_alpha_pattern_takes_no_time(pipeline, fresh: ReadyProcess, tmp_path: Path):
     tensors: Tensors = {}
     for name, module in pipeline.unet.named_modules():
         if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
@@ -256,9 +245,9 @@ def test_a_long_alpha_pattern_takes_no_time(pipeline, tmp_path: Path):
     names = itertools.islice(itertools.product(string.ascii_letters, repeat=4), 420_000)
     settings = {"unet.lora_alpha": 1, "unet.alpha_pattern": {"".join(name): 1 for name in names}}
     text = json.dumps(settings, separators=(",", ":"))
-    assert cpu_seconds(save(tmp_path / "a.safetensors", tensors, {"lora_adapter_metadata": text})) < 2.5
+    assert cpu_seconds(fresh, save(tmp_path / "a.safetensors", tensors, {"lora_adapter_metadata": text})) < 2.5
 
 
 @pytest.mark.parametrize("name", ["x" * 12_000_000, "_processor" * 1_200_000 + ".alpha"], ids=["x", "module"])
-def test_a_long_name_takes_no_time(name: str, tmp_path: Path):
-    assert cpu_seconds(save(tmp_path / "a.safetensors", {name: zeros(1, 1)})) < 0.7
+def test_a_long_name_takes_no_time(name: str, fresh: ReadyProcess, tmp_path: Path):
+    assert cpu_seconds(fresh, save(tmp_path / "a.safetensors", {name: zeros(1, 1)})) < 0.7

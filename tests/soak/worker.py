@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import sys
 
-import aiohttp_retry
-
 import handler
+from tests.integration.hasty_worker import hurry
 from tests.soak import faults
 from tests.support.lora_files import weight_hash
 
@@ -15,8 +14,7 @@ FIRST, LAST = "soak: weights at first", "soak: weights at last"
 
 def main() -> int:
     """Run until RunPod says SIGTERM."""
-    # An answer that is refused is sent again at once.
-    aiohttp_retry.FibonacciRetry.get_timeout = lambda *_, **__: 0.0  # type: ignore[method-assign]
+    hurry()
     worker = handler.process.worker
     get_ready, close = worker.get_ready, worker.close
 
