@@ -4,8 +4,10 @@ there, and with COMPILE=0. Each in a process of its own, as a worker does it, on
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,13 +21,17 @@ LONGEST_S = 420
 
 
 def run_on(_pipeline: Any, options: argparse.Namespace) -> dict[str, Any]:
-    """`compile_cache_on` as a figure of `bench.gpu`; the processes build pipelines of their own."""
-    return compile_cache_on(options.device, options.size, options.backend)
+    """`compile_cache_on` as a figure of `bench.gpu`; what is compiled stays in `options.compiled_code` for others."""
+    shutil.rmtree(options.compiled_code, ignore_errors=True)
+    return compile_cache_on(options.device, options.size, options.backend, options.compiled_code)
 
 
-def compile_cache_on(device: str, side: int, backend: str = "inductor") -> dict[str, Any]:
-    """Seconds of each stage for the three starts, and what the second and the uncompiled one are of the first."""
-    with tempfile.TemporaryDirectory() as folder:
+def compile_cache_on(device: str, side: int, backend: str = "inductor", keep_in: str = "") -> dict[str, Any]:
+    """Seconds of each stage for the three starts, and what the second and the uncompiled one are of the first.
+
+    The processes build pipelines of their own. `keep_in` is an empty folder, a temporary one if it is not said.
+    """
+    with contextlib.nullcontext(keep_in) if keep_in else tempfile.TemporaryDirectory() as folder:
         starts = {
             "empty": _start(device, side, 1, folder, backend),
             "filled": _start(device, side, 1, folder, backend),

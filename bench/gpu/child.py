@@ -16,7 +16,11 @@ import os
 import sys
 import time
 import traceback
+from pathlib import Path
 from typing import Any
+
+from sdxl_worker.serving.launch import keep_compiled_code
+from sdxl_worker.settings import Settings
 
 
 def main() -> int:
@@ -25,6 +29,7 @@ def main() -> int:
     parser.add_argument("--model", required=True)
     parser.add_argument("--device", required=True)
     parser.add_argument("--no-pipeline", action="store_true")
+    parser.add_argument("--compiled-code", type=Path, help="where COMPILE=1 keeps it (default torch's own folder)")
     arguments = parser.parse_args()
     # What libraries print must not come between the answers.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -36,6 +41,9 @@ def main() -> int:
 
     try:
         started = time.perf_counter()
+        if arguments.compiled_code:
+            # As in handler.py, before torch chooses a folder.
+            keep_compiled_code(Settings(compile=1, compile_cache_dir=arguments.compiled_code))
         pipeline = None if arguments.no_pipeline else _pipeline(arguments.model, arguments.device)
         tell(ready=time.perf_counter() - started)
         for line in sys.stdin:

@@ -15,7 +15,7 @@ from typing import Any
 # processes itself.
 PROCESSES, PLAIN, COMPILED = "processes", "plain", "compiled"
 # What a dry run's figure takes about.
-DRY_SECONDS = 20.0
+DRY_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,8 @@ class Figure:
 
 _PICTURE = {"size": 1024, "steps": 28}
 _SMALL = {"size": 64, "steps": 2}
+_COUNTS = ("1", "2", "4")
+_BITS_KEPT = Goal("the weights keep their bits (1: yes)", ("bits_kept",), at_least=1)
 _COMPILED = ("rows", "COMPILE=1")
 
 FIGURES: tuple[Figure, ...] = (
@@ -81,7 +83,7 @@ FIGURES: tuple[Figure, ...] = (
         PLAIN,
         "bench.gpu.requests:whole",
         60,
-        {**_PICTURE, "repeats": 5},
+        {**_PICTURE, "repeats": 4},
         {**_SMALL, "repeats": 1},
         (
             Goal("whole request, 1 LoRA / plain", ("ratio", "1", "median"), at_most=1.03),
@@ -115,9 +117,87 @@ FIGURES: tuple[Figure, ...] = (
         75,
         {"size": 1024, "steps": 2, "repeats": 5, "stock_repeats": 2, "pairs": 10, "channels_last": False},
         {**_SMALL, "steps": 1, "repeats": 1, "stock_repeats": 1, "pairs": 1, "channels_last": False},
-        tuple(
-            Goal(f"switch / stock load and unload, {count} LoRA(s)", ("loras", count, "switch_ratio"), at_most=0.05)
-            for count in ("1", "2", "4")
+        (
+            *(
+                Goal(f"switch / stock load and unload, LoRAs: {count}", ("loras", count, "switch_ratio"), at_most=0.05)
+                for count in _COUNTS
+            ),
+            *(
+                Goal(f"switch / moving the weights, LoRAs: {count}", ("loras", count, "ours", "limit_ratio"), at_most=3)
+                for count in _COUNTS
+            ),
+        ),
+    ),
+    Figure(
+        "lora_layers",
+        "a switch by the number of layers and of LoRAs",
+        PLAIN,
+        "bench.lora_costs:layers_on",
+        30,
+        {"repeats": 4, "counts": [1, 2, 4], "shares": [0.1, 0.25, 0.5, 1.0]},
+        {"repeats": 1, "counts": [1, 2], "shares": [0.5, 1.0]},
+        (_BITS_KEPT,),
+    ),
+    Figure(
+        "lora_ranks",
+        "a switch by the LoRA's rank",
+        PLAIN,
+        "bench.lora_costs:ranks_on",
+        30,
+        {"repeats": 4, "ranks": [4, 16, 32, 64, 128, 256]},
+        {"repeats": 1, "ranks": [4, 8]},
+        (_BITS_KEPT,),
+    ),
+    Figure(
+        "lora_formats",
+        "a switch by the file's format",
+        PLAIN,
+        "bench.lora_costs:formats_on",
+        35,
+        {"repeats": 5},
+        {"repeats": 1},
+        (
+            _BITS_KEPT,
+            *(
+                Goal(f"switch, {name} / LoRA", ("cases", name, "against_first", "median"))
+                for name in ("LoHa", "LoKr", "DoRA", "OFT")
+            ),
+        ),
+    ),
+    Figure(
+        "lora_convolutions",
+        "merging into channels_last convolutions / contiguous ones",
+        PLAIN,
+        "bench.lora_costs:convolutions_on",
+        5,
+        {"repeats": 7, "convolution": [640, 640, 3, 3]},
+        {"repeats": 1, "convolution": [16, 8, 3, 3]},
+        (Goal("merging, channels_last / contiguous", ("ratio", "median"), at_most=1.1),),
+    ),
+    Figure(
+        "cold_start",
+        "process start to first picture, against a bare script on diffusers",
+        PLAIN,
+        "bench.cold_start:run_on",
+        150,
+        {"size": 1024, "steps": 8, "repeats": 2},
+        {"size": 64, "steps": 2, "repeats": 1},
+        (
+            Goal("start to first picture, local run / bare script", ("ratio_to_bare", "local", "median"), at_most=1.1),
+            Goal("start to first picture, on a queue / bare script", ("ratio_to_bare", "queue", "median"), at_most=1.1),
+        ),
+    ),
+    Figure(
+        "compile_cache",
+        "process start to first picture with COMPILE=1: empty and filled COMPILE_CACHE_DIR",
+        PROCESSES,
+        "bench.compile_cache:run_on",
+        150,
+        {"size": 1024, "backend": "inductor"},
+        {"size": 64, "backend": "eager"},
+        (
+            Goal("start to first picture, filled / empty folder", ("filled_against_empty",)),
+            Goal("start to first picture, COMPILE=0 / empty folder", ("uncompiled_against_empty",)),
         ),
     ),
     Figure(
@@ -125,7 +205,7 @@ FIGURES: tuple[Figure, ...] = (
         "each setting's speed and pixels, against worker-sdxl's set-up",
         COMPILED,
         "bench.rendering:run_on",
-        200,
+        130,
         {**_PICTURE, "repeats": 2, "backend": "inductor", "parts": ["table", "switch"]},
         {**_SMALL, "repeats": 1, "backend": "eager", "parts": ["table", "switch"]},
         (
@@ -145,19 +225,6 @@ FIGURES: tuple[Figure, ...] = (
         (
             Goal("images per second, one job at a time", ("ratio", "one at a time"), at_least=1.8),
             Goal("images per second, WORKER_CONCURRENCY=2", ("ratio", "two at a time"), at_least=1.8),
-        ),
-    ),
-    Figure(
-        "compile_cache",
-        "process start to first picture with COMPILE=1: empty and filled COMPILE_CACHE_DIR",
-        PROCESSES,
-        "bench.compile_cache:run_on",
-        180,
-        {"size": 1024, "backend": "inductor"},
-        {"size": 64, "backend": "eager"},
-        (
-            Goal("start to first picture, filled / empty folder", ("filled_against_empty",)),
-            Goal("start to first picture, COMPILE=0 / empty folder", ("uncompiled_against_empty",)),
         ),
     ),
     Figure(

@@ -10,12 +10,13 @@ import io
 import os
 import random
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
 
 MODEL, DEVICE = "BENCH_MODEL", "BENCH_DEVICE"
+# Files in the worker's cache folder, which it writes before it starts: lora0.safetensors and so on.
+LORAS = 4
 
 _SIZES = ((1024, 1024), (832, 1216), (1216, 832), (768, 1024), (768, 768), (512, 768), (512, 512))
 _STEPS = (8, 12, 16, 20)
@@ -23,7 +24,7 @@ _SAMPLERS = ("K_EULER_ANCESTRAL", "K_EULER", "DPM++ 2M", "DDIM", "UniPC")
 _PROMPTS = ("a lighthouse at dusk", "a cat on a wall", "fog over the sea, " * 12, "a red house in the snow")
 
 
-def jobs(count: int, loras: Sequence[str], shrink: int = 1) -> list[dict[str, Any]]:
+def jobs(count: int, shrink: int = 1) -> list[dict[str, Any]]:
     """Inputs of `count` jobs, the same each time: half have LoRAs (1, 2 or 4), a quarter start from a picture.
 
     `shrink` divides sides (in steps of 8) and `steps`, for a small model.
@@ -44,8 +45,8 @@ def jobs(count: int, loras: Sequence[str], shrink: int = 1) -> list[dict[str, An
             "seed": number,
         }
         if number % 2:
-            names = loras[: (1, 2, 4)[number // 2 % 3]]
-            fields["loras"] = [{"path": name, "scale": 0.5} for name in names]
+            loras = (1, 2, LORAS)[number // 2 % 3]
+            fields["loras"] = [{"path": f"lora{index}.safetensors", "scale": 0.5} for index in range(loras)]
         if number % 4 == 2:
             fields |= {"image": start, "strength": 0.6}
         made.append({name: value for name, value in fields.items() if value is not None})
@@ -61,9 +62,13 @@ def _picture(side: int) -> str:
 def main() -> int:
     """Be the worker until it is told to stop."""
     import handler
+    from bench.lora_files import write_loras
     from bench.models import random_pipeline
 
-    handler.process.worker.resident.use(random_pipeline(os.environ[DEVICE], os.environ[MODEL]))
+    worker = handler.process.worker
+    pipeline = random_pipeline(os.environ[DEVICE], os.environ[MODEL])
+    write_loras(pipeline, worker.settings.lora_cache_dir, LORAS)
+    worker.resident.use(pipeline)
     return handler.main()
 
 

@@ -60,6 +60,19 @@ def _bars(axes: Any, values: Mapping[str, float], label: str) -> None:
     axes.margins(x=0.12)
 
 
+def _stacks(axes: Any, stages: Mapping[str, Mapping[str, float]]) -> None:
+    """A bar for each way to start, of its stages' seconds."""
+    done = dict.fromkeys(stages, 0.0)
+    for stage in dict.fromkeys(stage for one in stages.values() for stage in one):
+        spent = {who: one.get(stage, 0.0) for who, one in stages.items()}
+        label = stage.removesuffix("_s").replace("_", " ")
+        axes.barh(list(spent), list(spent.values()), left=list(done.values()), label=label)
+        done = {who: done[who] + spent[who] for who in stages}
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds from process start to the first picture")
+    axes.legend(fontsize=9)
+
+
 def _goal(axes: Any, value: float) -> None:
     axes.axvline(value, color="tab:red", linestyle="--", label=f"goal {value:.3g}")
     axes.legend(loc="lower right", fontsize=9)
@@ -105,6 +118,38 @@ def _rendering(axes: Any, result: Mapping[str, Any]) -> None:
     _goal(axes, result["table"]["goal"]["ratio"])
 
 
+def _layers(axes: Any, result: Mapping[str, Any]) -> None:
+    for count in dict.fromkeys(point["loras"] for point in result["points"]):
+        points = [point for point in result["points"] if point["loras"] == count]
+        at, switches = [point["modules"] for point in points], [point["switch_s"] for point in points]
+        axes.plot(at, [1000 * one["median"] for one in switches], "o-", label=f"{count} LoRA{'s' * (count > 1)}")
+        ends = [[1000 * one[end] for one in switches] for end in ("min", "max")]
+        axes.fill_between(at, *ends, alpha=0.15)
+    limits = {case["weights"]: 1000 * case["limit_s"]["median"] for case in result["cases"].values()}
+    axes.plot(*zip(*sorted(limits.items()), strict=True), "--", color="0.4", label="moving the weights")
+    axes.set(xlabel="layers that are changed", ylabel="apply and restore, ms", ylim=(0, None))
+    axes.legend(fontsize=9)
+
+
+def _ranks(axes: Any, result: Mapping[str, Any]) -> None:
+    cases = {int(rank): case for rank, case in sorted(result["cases"].items(), key=lambda entry: int(entry[0]))}
+    switches = {
+        "from host memory": [case["switch_s"]["median"] for case in cases.values()],
+        "sent ahead": [case["sent_ahead_apply_s"]["median"] + case["restore_s"]["median"] for case in cases.values()],
+        "moving the weights": [case["limit_s"]["median"] for case in cases.values()],
+    }
+    for name, seconds in switches.items():
+        axes.plot(list(cases), [1000 * one for one in seconds], "o-", label=name)
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="rank", ylabel="apply and restore, ms", ylim=(0, None))
+    axes.legend(fontsize=9)
+
+
+def _formats(axes: Any, result: Mapping[str, Any]) -> None:
+    cases = result["cases"].items()
+    _bars(axes, {name: 1000 * case["switch_s"]["median"] for name, case in cases}, "apply and restore, ms")
+
+
 def _images(axes: Any, result: Mapping[str, Any]) -> None:
     seconds = {name: spread["median"] for name, spread in result["seconds_an_image"].items()}
     _bars(axes, {name: 1 / spent for name, spent in seconds.items()}, "images per second")
@@ -112,14 +157,17 @@ def _images(axes: Any, result: Mapping[str, Any]) -> None:
 
 
 def _compile_cache(axes: Any, result: Mapping[str, Any]) -> None:
-    starts = result["starts"]
-    done = dict.fromkeys(starts, 0.0)
-    for stage in ("imports_s", "model_s", "compiling_s", "picture_s"):
-        spent = {name: start[stage] for name, start in starts.items()}
-        axes.barh(list(spent), list(spent.values()), left=list(done.values()), label=stage.removesuffix("_s"))
-        done = {name: done[name] + spent[name] for name in starts}
-    axes.set_xlabel("seconds from process start to the first picture")
-    axes.legend(fontsize=9)
+    stages = ("imports_s", "model_s", "compiling_s", "picture_s")
+    _stacks(axes, {name: {stage: start[stage] for stage in stages} for name, start in result["starts"].items()})
+
+
+def _cold_start(axes: Any, result: Mapping[str, Any]) -> None:
+    beside = ("total", "processor")
+    stages = {
+        who: {stage: spent for stage, spent in one.items() if stage not in beside}
+        for who, one in result["stages_s"].items()
+    }
+    _stacks(axes, stages)
 
 
 def _utilisation(axes: Any, result: Mapping[str, Any]) -> None:
@@ -134,6 +182,10 @@ PLOTS: Mapping[str, Draw] = {
     "handler": _handler,
     "memory": _memory,
     "switching": _switching,
+    "lora_layers": _layers,
+    "lora_ranks": _ranks,
+    "lora_formats": _formats,
+    "cold_start": _cold_start,
     "rendering": _rendering,
     "images_per_second": _images,
     "compile_cache": _compile_cache,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.instruments import spread
-from bench.lora_switch import SCALE, write_loras
+from bench.lora_files import SCALE, write_loras
 from sdxl_worker.settings import Settings
 from sdxl_worker.worker import Worker
 

@@ -16,16 +16,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-from bench.gpu.figures import DRY_SECONDS, PROCESSES, Figure
+from bench.gpu.figures import COMPILED, DRY_SECONDS, PROCESSES, Figure
 from bench.gpu.store import FAILED, OK, ROOT, Store
 
 # Starting a child: imports, and random weights on the device.
 START_SECONDS = 30.0
 # A figure may take this many times its estimate, and this many seconds more, before it is taken for hanging.
-PATIENCE_TIMES, PATIENCE_SECONDS = 3.0, 60.0
+PATIENCE_TIMES, PATIENCE_SECONDS, DRY_PATIENCE_SECONDS = 3.0, 60.0, 300.0
 LOG_TAIL = 4000
+# What one figure compiles, to measure how long that takes, the others need not compile again.
+COMPILED_CODE = str(Path(tempfile.gettempdir()) / "bench-gpu-compiled")
 
 
 class ChildError(Exception):
@@ -39,15 +42,17 @@ class ChildError(Exception):
 class Child:
     """One measuring process (`bench.gpu.child`) in a session of its own, so that what it starts ends with it."""
 
-    def __init__(self, model: str, device: str, has_pipeline: bool) -> None:
+    def __init__(self, model: str, device: str, group: str) -> None:
         command = [sys.executable, "-m", "bench.gpu.child", "--model", model, "--device", device]
+        command += ["--no-pipeline"] if group == PROCESSES else []
+        command += ["--compiled-code", COMPILED_CODE] if group == COMPILED else []
         more = {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
         if device == "cpu":
             # With more, two busy processes are many times slower on a small machine.
             more |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by stop()
         self._process = subprocess.Popen(
-            [*command, *([] if has_pipeline else ["--no-pipeline"])],
+            command,
             cwd=ROOT,
             env={**os.environ, **more, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
             stdin=subprocess.PIPE,
@@ -113,6 +118,7 @@ class Runner:
         self._started = time.monotonic()
         self._seconds = 60 * minutes
         self._start_seconds = DRY_SECONDS if dry_run else START_SECONDS
+        self._patience_seconds = DRY_PATIENCE_SECONDS if dry_run else PATIENCE_SECONDS
         self.owed: dict[str, str] = {}  # by name, why it was not measured
 
     def estimate(self, figure: Figure) -> float:
@@ -143,15 +149,15 @@ class Runner:
 
     def _measure(self, figure: Figure, child: Child | None) -> Child | None:
         """The child for the next figure; None when this one has cost it."""
-        about = {"device": self._store.facts["kind"], "model": self._store.facts["model"]}
+        facts = self._store.facts
+        about = {"device": facts["kind"], "model": facts["model"], "compiled_code": COMPILED_CODE}
         options = {**(figure.dry if self._dry_run else figure.full), **about}
         started = time.monotonic()
-        patience = min(self._left(), PATIENCE_TIMES * self.estimate(figure) + PATIENCE_SECONDS)
         try:
             if child is None:
                 child = self._start(figure)
                 started = time.monotonic()
-            result = child.measure(figure, options, max(1.0, min(patience, self._left())))
+            result = child.measure(figure, options, self._patience(self.estimate(figure)))
         except ChildError as error:
             if child is not None:
                 child.stop()
@@ -170,9 +176,9 @@ class Runner:
     def _start(self, figure: Figure) -> Child:
         started = time.monotonic()
         facts = self._store.facts
-        child = Child(facts["model"], facts["kind"], figure.group != PROCESSES)
+        child = Child(facts["model"], facts["kind"], figure.group)
         try:
-            child.wait_until_ready(max(1.0, min(self._left(), PATIENCE_TIMES * self._start_seconds + PATIENCE_SECONDS)))
+            child.wait_until_ready(self._patience(self._start_seconds))
         except ChildError:
             child.stop()
             raise
@@ -180,6 +186,9 @@ class Runner:
             self._start_seconds = time.monotonic() - started
             self._say(f"    process of group {figure.group} ready in {self._start_seconds:.0f} s")
         return child
+
+    def _patience(self, estimate: float) -> float:
+        return max(1.0, min(self._left(), PATIENCE_TIMES * estimate + self._patience_seconds))
 
     def _left(self) -> float:
         return self._seconds - (time.monotonic() - self._started)

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu.mixed import DEVICE, MODEL, jobs
-from sdxl_worker import topology
 from tests.integration.queue_server import QueueServer
 from tests.integration.worker_process import WorkerProcess, worker_environment
 
@@ -33,7 +32,6 @@ def measure(_pipeline: Any, options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, QueueServer() as queue:
         cache = Path(folder) / "cache"
         cache.mkdir()
-        loras = _write_loras(options.model, cache)
         more = {"WORKER_CONCURRENCY": "2", MODEL: options.model, DEVICE: options.device}
         environment = {**worker_environment(cache), **queue.environment("mixed"), **more}
         if options.device == "cuda":
@@ -41,14 +39,14 @@ def measure(_pipeline: Any, options: argparse.Namespace) -> dict[str, Any]:
             environment = {name: value for name, value in environment.items() if not name.endswith("_NUM_THREADS")}
         with WorkerProcess(Path(folder) / "worker.log", environment, script=SCRIPT) as worker:
             # Kernels are loaded and LoRAs are read before it counts.
-            for fields in jobs(4, loras, options.shrink):
-                _drawn(queue, queue.submit(fields))
+            for fields in jobs(4, options.shrink):
+                _drawn(queue, worker, queue.submit(fields))
             before = len(worker.lines())
             with _samples() as busy:
                 started = time.monotonic()
-                ids = [queue.submit(fields) for fields in jobs(options.jobs, loras, options.shrink)]
+                ids = [queue.submit(fields) for fields in jobs(options.jobs, options.shrink)]
                 for job_id in ids:
-                    _drawn(queue, job_id)
+                    _drawn(queue, worker, job_id)
                 seconds = time.monotonic() - started
             worker.wait_for(f'"{ids[-1]}"')
             lines = worker.lines()[before:]
@@ -66,21 +64,11 @@ def measure(_pipeline: Any, options: argparse.Namespace) -> dict[str, Any]:
     return {**result, "busy_percent": statistics.mean(percents)} if percents else result
 
 
-def _write_loras(model: str, folder: Path) -> list[str]:
-    """Four files for the model's size, whose weights nobody needs for it."""
-    from bench.lora_switch import write_loras
-    from bench.models import SIZES
-
-    class Structure:
-        def __init__(self, parts: dict[str, Any]) -> None:
-            self.__dict__.update(parts)
-
-    return [path.name for path in write_loras(Structure(topology.structure(SIZES[model])), folder, 4)]
-
-
-def _drawn(queue: QueueServer, job_id: str) -> None:
-    answer = queue.answer(job_id)
-    assert "images" in (answer.get("output") or {}), answer
+def _drawn(queue: QueueServer, worker: WorkerProcess, job_id: str) -> None:
+    queue.wait(lambda: queue.of("done", job_id) or worker.process.poll() is not None, what=f"an answer to {job_id}")
+    answers = queue.of("done", job_id)
+    assert answers, f"the worker ended: {worker.text[-2000:]}"
+    assert "images" in (answers[0].body.get("output") or {}), answers[0].body
 
 
 def _stages(lines: list[dict[str, Any]]) -> dict[str, float]:
