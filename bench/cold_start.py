@@ -66,12 +66,14 @@ marks["encoding"] = time.time()
 print(json.dumps(marks))
 """
 CONTESTANTS = ("bare", "local", "queue")
+# From the start of the process; `rest` is what no line of the log tells: Python itself, and the SDK's way to the job.
+STAGES = ("python", "imports", "model", "loras", "fitness", "job_beside", "picture", "encoding", "rest", "total")
 _READY = re.compile(r"ready after ([0-9.]+) s: imports ([0-9.]+), base model ([0-9.]+), LoRAs ([0-9.]+)")
 _FITNESS = re.compile(r"All fitness checks passed\. \(([0-9.]+)ms\)")
 # -X importtime: microseconds of the module itself, of it and what it imports, indented by depth.
 _IMPORT = re.compile(r"import time:\s+(\d+) \|\s+\d+ \|\s+(\w+)")
 _SHOWN_PACKAGES = 12
-_PATIENCE_S = 600.0
+_PATIENCE_S = 150.0
 _ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -100,12 +102,12 @@ class Setting:
         }
 
     def environment(self, work: Path) -> dict[str, str]:
-        """For every contestant alike: as many threads as torch takes, and bytecode kept, as the image has its own."""
+        """For every contestant alike: torch's own number of threads, and bytecode is kept, as the image has it."""
         given = worker_environment(work / "loras", MODEL_ID=str(self.folder))
         for name in (*_ONE_THREAD, "PYTHONDONTWRITEBYTECODE"):
             given.pop(name, None)
         threads = {name: os.environ[name] for name in _ONE_THREAD if name in os.environ}
-        return {**given, **threads, "PYTHONPYCACHEPREFIX": str(work / "bytecode")}
+        return {**given, **threads}
 
 
 def run_on(pipeline: Any, options: argparse.Namespace) -> dict[str, Any]:
@@ -163,15 +165,23 @@ def measure(setting: Setting, work: Path) -> dict[str, Any]:
         "queue": start_queue,
     }
     turns: list[dict[str, dict[str, float]]] = []
+    failed: dict[str, str] = {}
     # The first turn writes the bytecode and warms the libraries' pages.
     for number in range(setting.repeats + 1):
-        names = CONTESTANTS if number % 2 else CONTESTANTS[::-1]
         turn = {}
-        for name in names:
+        for name in CONTESTANTS if number % 2 else CONTESTANTS[::-1]:
+            if name in failed:
+                continue
             if setting.cold_cache:
                 _drop_pages(setting.folder)
-            turn[name] = contestants[name](setting, work)
+            try:
+                turn[name] = contestants[name](setting, work)
+            except RuntimeError as error:
+                # One that does not get to a picture must not take the others' figures along.
+                failed[name] = str(error)
         turns.append(turn)
+    if failed.keys() >= {"local", "queue"} or "bare" in failed:
+        raise RuntimeError(f"nothing to compare: {failed}")
     counted = turns[1:]
     return {
         "weights_gb": round(sum(path.stat().st_size for path in setting.folder.rglob("*")) / 1e9, 3),
@@ -179,20 +189,29 @@ def measure(setting: Setting, work: Path) -> dict[str, Any]:
         "page_cache": "the weights' pages dropped before each start" if setting.cold_cache else "warm",
         "repeats": setting.repeats,
         "request": setting.job,
+        "failed": failed,
         **_compared("seconds", "ratio_to_bare", "total", counted),
         **_compared("processor_s", "processor_ratio_to_bare", "processor", counted),
-        "stages_s": {name: _medians([turn[name] for turn in counted]) for name in CONTESTANTS},
+        "stages_s": {name: _medians([turn[name] for turn in counted]) for name in _through(counted)},
+        # The device has no part in it, and its machine's time is dear.
         "imports_s": {
-            "bare": _imports(start_bare, setting, work),
-            "local": _imports(start_local, setting, work),
+            name: _imports(start, setting, work)
+            for name, start in (("bare", start_bare), ("local", start_local))
+            if name not in failed and setting.device == "cpu"
         },
     }
 
 
+def _through(turns: list[dict[str, dict[str, float]]]) -> list[str]:
+    """The contestants that came through every turn."""
+    return [name for name in CONTESTANTS if all(name in turn for turn in turns)]
+
+
 def _compared(values: str, ratios: str, key: str, turns: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
+    names = _through(turns)
     return {
-        values: {name: _spread([turn[name][key] for turn in turns]) for name in CONTESTANTS},
-        ratios: {name: _spread([turn[name][key] / turn["bare"][key] for turn in turns]) for name in CONTESTANTS[1:]},
+        values: {name: _spread([turn[name][key] for turn in turns]) for name in names},
+        ratios: {name: _spread([turn[name][key] / turn["bare"][key] for turn in turns]) for name in names[1:]},
     }
 
 
@@ -217,6 +236,8 @@ def start_local(setting: Setting, work: Path, *, importtime: bool = False) -> di
     arguments = ("--test_input", json.dumps({"input": setting.job}))
     with _process(work, setting, *arguments, importtime=importtime) as process:
         _end_well(process)
+        if not picture.is_file():
+            raise RuntimeError(process.text[-2000:])
         stages = _stages(process, picture.stat().st_mtime - started)
     return {**stages, "processor": _processor_seconds() - spent}
 
@@ -227,9 +248,11 @@ def start_queue(setting: Setting, work: Path) -> dict[str, float]:
         job_id = queue.submit(setting.job)
         started, spent = time.monotonic(), _processor_seconds()
         with _process(work, setting, environment=queue.environment("bench")) as process:
-            answer = queue.answer(job_id, _PATIENCE_S)
-            assert "output" in answer, answer
-            (done,) = queue.of("done", job_id)
+            ended = process.process
+            queue.wait(lambda: queue.of("done", job_id) or ended.poll() is not None, _PATIENCE_S, "an answer")
+            done = next(iter(queue.of("done", job_id)), None)
+            if done is None or "output" not in done.body:
+                raise RuntimeError(process.text[-2000:])
             process.wait_for('{"job"')
             stages = _stages(process, done.at - started)
         return {**stages, "processor": _processor_seconds() - spent}
@@ -255,7 +278,8 @@ def _process(
 
 
 def _end_well(process: WorkerProcess) -> None:
-    assert process.exit_status(_PATIENCE_S) == 0, process.text[-2000:]
+    if process.exit_status(_PATIENCE_S) != 0:
+        raise RuntimeError(process.text[-2000:])
 
 
 def _stages(process: WorkerProcess, total: float) -> dict[str, float]:
@@ -338,9 +362,9 @@ def report(results: dict[str, Any]) -> str:
             [f"{label}, {name}", *(f"{value:.2f} s" for value in spread.values())]
             for name, spread in results[what].items()
         ]
-    names = list(dict.fromkeys(stage for stages in results["stages_s"].values() for stage in stages))
+    contestants = list(results["stages_s"])
     stages = [
-        [stage, *(f"{results['stages_s'][name].get(stage, 0.0):.2f} s" for name in CONTESTANTS)] for stage in names
+        [stage, *(f"{results['stages_s'][name].get(stage, 0.0):.2f} s" for name in contestants)] for stage in STAGES
     ]
     imports = results["imports_s"]
     packages = [
@@ -352,9 +376,10 @@ def report(results: dict[str, Any]) -> str:
     return "\n\n".join(
         (
             f"{results['weights_gb']} GB of weights on {results['device']}, page cache: {results['page_cache']}",
+            *(f"{name} failed: {reason}" for name, reason in results["failed"].items()),
             table(["from start to first picture", "median", "min", "max"], rows),
-            table(["stage (median)", *CONTESTANTS], stages),
-            table(["modules by themselves, -X importtime", *imports], packages),
+            table(["stage (median)", *contestants], stages),
+            *([table(["modules by themselves, -X importtime", *imports], packages)] if imports else []),
         )
     )
 

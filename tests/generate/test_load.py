@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 import torch
 from diffusers import StableDiffusionXLInpaintPipeline
@@ -58,6 +60,20 @@ def test_a_local_folder_is_served(pipeline, tmp_path: Path):
     loaded, _ = load_pipeline(_settings(tmp_path, tmp_path / "model"))
     # Weights at another alignment in memory: CPU kernels may round the last bit differently.
     assert farthest(render(loaded, REQUEST)[0], render(pipeline, REQUEST)[0]) <= 1
+
+
+def test_a_local_folder_needs_no_look_at_the_hub(pipeline, tmp_path: Path, monkeypatch):
+    pipeline.save_pretrained(tmp_path / "model")
+    asked: list[object] = []
+
+    def not_known(*names: object, **_: object) -> None:
+        asked.append(names)
+        raise socket.gaierror
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "getaddrinfo", not_known)
+    assert load_pipeline(_settings(tmp_path, tmp_path / "model"))[0].unet is not None
+    assert asked == []
 
 
 def test_half_precision_weights_of_a_folder_are_used(pipeline, tmp_path: Path):
