@@ -15,6 +15,7 @@ from PIL import Image
 from torchsde._brownian import brownian_interval
 
 from sdxl_worker import topology
+from sdxl_worker.generate import render as render_module
 from sdxl_worker.generate import samplers
 from sdxl_worker.generate.host_schedule import WithoutWaiting
 from sdxl_worker.generate.modes import view_of
@@ -43,18 +44,23 @@ def pipelines() -> dict[str, Any]:
 @pytest.fixture
 def drawing(device: str, pipelines: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Any:
     """The tiny pipeline on `device`; on the meta device with what that has no answer to, or a slow one, replaced."""
-    if device not in pipelines:
-        pipelines[device] = topology.build_sdxl(device=device)
-        pipelines[device].set_progress_bar_config(disable=True)
-        pipelines[device].unet.eval().requires_grad_(False)
+    pipeline = on(pipelines, device)
     if device == "meta":
-        monkeypatch.setattr(pipelines[device].unet, "forward", predicted_on_meta)
+        monkeypatch.setattr(pipeline.unet, "forward", predicted_on_meta)
         # torchsde's noise, which asks for a generator of the device.
         monkeypatch.setattr(
             brownian_interval,
             "_randn",
             lambda size, dtype, device, _seed: torch.empty(size, dtype=dtype, device=device),
         )
+    return pipeline
+
+
+def on(pipelines: dict[str, Any], device: str) -> Any:
+    if device not in pipelines:
+        pipelines[device] = topology.build_sdxl(device=device)
+        pipelines[device].set_progress_bar_config(disable=True)
+        pipelines[device].unet.eval().requires_grad_(False)
     return pipelines[device]
 
 
@@ -123,8 +129,8 @@ def test_no_step_of_inpainting_waits(name: str, device: str, drawing: Any):
     assert steps_made(drawing, name, INPAINT) == STEPS - 1
 
 
-def test_the_unet_itself_does_not_wait_for_a_timestep_that_is_there():
-    unet = topology.build_sdxl(device="meta").unet
+def test_the_unet_itself_does_not_wait_for_a_timestep_that_is_there(pipelines: dict[str, Any]):
+    unet = on(pipelines, "meta").unet
     pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
     with torch.device("meta"):
         latents, timestep = torch.zeros(1, 4, 8, 8), torch.tensor(1.0)
@@ -134,9 +140,34 @@ def test_the_unet_itself_does_not_wait_for_a_timestep_that_is_there():
         unet(latents, timestep, states, added_cond_kwargs=more)
 
 
+@ON_META_AND_CUDA
+def test_what_the_worker_does_at_a_step_does_not_wait_either(device: str, pipelines: dict[str, Any], monkeypatch):
+    pipeline = on(pipelines, device)
+    if device == "meta":
+        monkeypatch.setattr(render_module._Drawing, "_generators", lambda *_: None)
+    request = GenerationRequest("a", width=64, height=64, num_inference_steps=4, guidance_rescale=0.5, deep_cache=2)
+    shares: list[float] = []
+    steps: list[int] = []
+    watched = contextlib.ExitStack()
+
+    def on_step(step: int, total: int, _latents: torch.Tensor) -> None:
+        steps.append(step)
+        if step == 1:
+            watched.enter_context(no_waits(device))
+        if step == total:
+            watched.close()
+
+    # The first thing that is read is whether the picture is finite.
+    on_meta = pytest.raises(RuntimeError, match="item") if device == "meta" else contextlib.nullcontext()
+    with watched, on_meta:
+        render(pipeline, request, on_step=on_step, before_step=shares.append)
+    assert steps == [1, 2, 3, 4]
+    assert shares == [0.0, 0.25, 0.5, 0.75]
+
+
 @pytest.mark.parametrize("name", ["K_EULER", "UniPC"])
 def test_afterwards_the_scheduler_and_the_unet_have_their_own_methods_again(name: str, pipelines: dict[str, Any]):
-    pipeline = pipelines.setdefault("meta", topology.build_sdxl(device="meta"))
+    pipeline = on(pipelines, "meta")
     with samplers.applied(pipeline, GenerationRequest("a", scheduler=name)):
         scheduler = pipeline.scheduler
         assert {"set_timesteps", "step", "add_noise"} <= set(vars(scheduler))
@@ -160,7 +191,7 @@ def test_what_is_sent_ahead_has_the_same_values():
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", scheduler_names())
 def test_pictures_are_those_of_stock_diffusers_on_the_gpu(name: str, pipelines: dict[str, Any], monkeypatch):
-    pipeline = pipelines.setdefault("cuda", topology.build_sdxl(device="cuda"))
+    pipeline = on(pipelines, "cuda")
     request = GenerationRequest("a lighthouse", width=64, height=64, seed=3, num_inference_steps=6, scheduler=name)
     (ahead,) = render(pipeline, request)
     monkeypatch.setattr(samplers, "on_host", lambda _pipeline: contextlib.nullcontext())
