@@ -14,8 +14,8 @@
 FROM nvidia/cuda:13.0.3-base-ubuntu24.04
 
 # gcc, libc6-dev and python3-dev: Triton builds its C module for the driver at run time (COMPILE=1, and the kernel that
-# merges LoRAs), and finds no compiler and no Python.h in the base image. g++: torch compiles with it what a graph has on the CPU; nothing here has, and without
-# it the first graph that does would end all compiled code.
+# merges LoRAs), and finds no compiler and no Python.h in the base image. g++: torch compiles with it what a graph has on
+# the CPU; nothing here has, and without it the first graph that does would end all compiled code.
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
         ca-certificates g++ gcc libc6-dev python3 python3-dev python3-venv \

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdxl_worker.lora import kernel
 from sdxl_worker.lora.formats.format import Change
 from sdxl_worker.lora.formats.low_rank import LowRank
 
-_CODES = {torch.float16: kernel.FLOAT16, torch.bfloat16: kernel.BFLOAT16, torch.float32: kernel.FLOAT32}
-_ALL_CODES = kernel.FLOAT16 | kernel.BFLOAT16 | kernel.FLOAT32
+# The kernel knows dtypes of factors by one bit each.
+_CODES = {torch.float16: 1, torch.bfloat16: 2, torch.float32: 4}
+_ALL_CODES = 7
 # 120 to 128 registers of the 65536 of a processor's for each of 256 threads: two tiles at a time, without spilling.
 _SIDE, _DEPTH, _WARPS = 64, 32, 8
 _CHECKED_RANK = 40
@@ -154,12 +154,13 @@ class FusedMerger:
     def _launch(
         self, addresses: np.ndarray, shapes: np.ndarray, parts: np.ndarray, like: Tensor, aligned: bool
     ) -> None:
-        variant = Variant(like.dtype, int(np.bitwise_or.reduce(parts[:, 1 + kernel.DTYPE])), aligned)
+        variant = Variant(like.dtype, int(np.bitwise_or.reduce(parts[:, -1])), aligned)
         if variant not in self._checked:
             self._check(variant, like.device)
             self._checked.add(variant)
         tiles = -(-shapes[:, 0] // _SIDE) * -(-shapes[:, 1] // _SIDE)
         ends = np.searchsorted(parts[:, 0], np.arange(len(shapes) + 1))
+        # The table in int64: eight columns for a module, then five for a part (`_part_rows`), then each module's tiles.
         modules = np.column_stack([addresses, shapes, np.cumsum(tiles) - tiles, ends[:-1], ends[1:]])
         host = torch.from_numpy(np.concatenate([modules.ravel(), parts[:, 1:].ravel(), tiles]))
         # Page-locked, or the host would wait for the stream.
@@ -196,6 +197,8 @@ class FusedMerger:
 
     def _jitted(self) -> Any:
         import triton
+
+        from sdxl_worker.lora import kernel
 
         if self._kernel is None:
             self._kernel = triton.jit(kernel.merge_tiles, do_not_specialize=["parts_at"])
@@ -234,10 +237,13 @@ def _matrix_shape(weight: Tensor) -> tuple[int, int, int]:
 
 
 def _part_rows(parts: Sequence[Part], numbers: np.ndarray, count: int) -> np.ndarray:
-    """The parts' rows of the table behind the place of their weight in `numbers`, sorted by it; `count`: of weights."""
+    """The parts' rows of the table behind the place of their weight in `numbers`, sorted by it; `count`: of weights.
+
+    Addresses of `up` and `down`, rank, the bits of the float32 strength in the lower half, dtype code.
+    """
     places = np.full(count, -1)
     places[numbers] = np.arange(len(numbers))
-    rows = [np.zeros((0, 1 + kernel.PART_COLUMNS), np.int64)]
+    rows = [np.zeros((0, 6), np.int64)]
     for part in parts:
         found, begin = part.factors, part.data.data_ptr()
         strengths = (part.strengths[found.weights] * found.factors).astype(np.float32).view(np.int32)

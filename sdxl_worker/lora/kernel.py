@@ -1,7 +1,8 @@
 """The Triton kernel that merges low-rank changes into many weights of different shapes in one launch.
 
 Plain Python until `triton.jit` compiles it, so that this module can be imported where there is no Triton, which torch's
-CUDA wheels bring along. Written for Triton 3.6 and newer, without the functions of Triton's own library that are
+CUDA wheels bring along; where there is, that takes half a second, so that it waits until the kernel is needed. `fused`
+has the layout of the table. Written for Triton 3.6 and newer, without the functions of Triton's own library that are
 compiled themselves (cdiv, zeros): with them the interpreter would need a process of its own.
 """
 
@@ -14,13 +15,6 @@ try:
     from triton.language import constexpr
 except ImportError:  # a CPU build of torch
     tl: Any = None  # type: ignore[no-redef]
-
-# Columns of the table, int64 each. A module's row: addresses in bytes, shape as a matrix in memory order, its parts.
-LIVE, PRISTINE, ROWS, COLUMNS, TAPS, FIRST_TILE, FIRST_PART, LAST_PART, MODULE_COLUMNS = range(9)
-# A part's row: one LoRA's change of one module; the strength is float32, its bits in the lower half.
-UP, DOWN, RANK, STRENGTH, DTYPE, PART_COLUMNS = range(6)
-# Values of DTYPE, and bits of the kernel's DTYPES.
-FLOAT16, BFLOAT16, FLOAT32 = 1, 2, 4
 
 
 # The arguments: `table` (int64), the rows of the modules, and from element `parts_at` on those of the parts; `tiles`
