@@ -57,10 +57,10 @@ class ParsedLora:
     @functools.cached_property
     def size(self) -> int:
         """Bytes of host memory: the file's data, what was computed from it, and the objects that hold both."""
-        storages = {self.data.untyped_storage().data_ptr(): self.data.untyped_storage().nbytes()}
+        storages = {self.data.untyped_storage().data_ptr(): _taken_by(self.data)}
         tensors = [tensor for change in self.matched.changes.values() for tensor in tensors_of(change)]
         for tensor in tensors:
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            storages.setdefault(tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes())
         return sum(storages.values()) + OBJECT_BYTES * (len(tensors) + 1)
 
     @functools.cached_property
@@ -110,3 +110,9 @@ class ParsedLora:
             if tensor.untyped_storage().data_ptr() == storage
             and not (tensor.data_ptr() - begin) % tensor.element_size()
         }
+
+
+def _taken_by(data: torch.Tensor) -> int:
+    """Bytes of host memory behind `data`: torch takes page-locked memory in powers of two."""
+    size = data.untyped_storage().nbytes()
+    return 1 << (size - 1).bit_length() if size and data.is_pinned() else size
