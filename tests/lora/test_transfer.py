@@ -200,6 +200,11 @@ def test_a_copy_on_its_way_is_waited_for_by_the_stream_and_not_by_the_host() -> 
     data = torch.randint(0, 256, (2**26,), dtype=torch.uint8).pin_memory()
     sender = OwnStream(torch.device("cuda:0"))
     assert sender._stream != torch.cuda.current_stream()
+    # Its memory is kept by torch: asking the driver for more may wait for the device.
+    first = sender.send(torch.zeros_like(data).pin_memory())
+    assert first is not None
+    first.let_go()
+    del first
     with torch.cuda.stream(sender._stream):
         # About a second, so that the copy cannot have begun when it is asked for.
         torch.cuda._sleep(2 * 10**9)
