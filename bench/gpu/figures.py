@@ -110,26 +110,6 @@ FIGURES: tuple[Figure, ...] = (
         _SMALL,
     ),
     Figure(
-        "steps",
-        "what waiting for the device costs a step, by sampler, and what previews cost",
-        PLAIN,
-        "bench.steps:run_on",
-        60,
-        {
-            "size": 512,
-            "steps": 12,
-            "repeats": 3,
-            "samplers": ["K_EULER", "PNDM", "DDIM", "DDPM", "UniPC", "SA-Solver", "LCM", "TCD"],
-        },
-        {**_SMALL, "repeats": 1, "samplers": ["K_EULER", "UniPC"]},
-        (
-            Goal("K_EULER / with diffusers' schedule", ("samplers", "K_EULER", "ratio", "median"), at_most=1.02),
-            Goal("UniPC / with diffusers' schedule", ("samplers", "UniPC", "ratio", "median"), at_most=1.02),
-            Goal("with previews / without", ("previews", "colours", "ratio", "median"), at_most=1.02),
-            Goal("with previews of a VAE / without", ("previews", "vae", "ratio", "median")),
-        ),
-    ),
-    Figure(
         "switching",
         "LoRAs applied and restored, against stock load and unload",
         PLAIN,
@@ -144,6 +124,22 @@ FIGURES: tuple[Figure, ...] = (
             ),
             *(
                 Goal(f"switch / moving the weights, LoRAs: {count}", ("loras", count, "ours", "limit_ratio"), at_most=3)
+                for count in _COUNTS
+            ),
+        ),
+    ),
+    Figure(
+        "merge_kernel",
+        "merging alone: the kernel, its tiles, torch weight by weight, against copying the weights once",
+        PLAIN,
+        "bench.merge_kernel:run_on",
+        35,
+        {"repeats": 4, "counts": [1, 2, 4]},
+        {"repeats": 1, "counts": [1]},
+        (
+            _BITS_KEPT,
+            *(
+                Goal(f"merging / one copy, LoRAs: {count}", ("cases", "kernel", count, "copy_ratio", "median"), 3)
                 for count in _COUNTS
             ),
         ),

@@ -23,8 +23,6 @@ from sdxl_worker.lora.formats.low_rank import LowRank
 # The kernel knows dtypes of factors by one bit each.
 _CODES = {torch.float16: 1, torch.bfloat16: 2, torch.float32: 4}
 _ALL_CODES = 7
-# 120 to 128 registers of the 65536 of a processor's for each of 256 threads: two tiles at a time, without spilling.
-_SIDE, _DEPTH, _WARPS = 64, 32, 8
 _CHECKED_RANK = 40
 # The kernel counts elements in int32.
 _MAX_ELEMENTS = 2**31 - 1
@@ -74,6 +72,9 @@ class KernelFailed(Exception):
 
 class FusedMerger:
     """Merges low-rank changes into the weights of `live`; a weight's number is its place there."""
+
+    # 120 to 128 registers of the 65536 of a processor's for each of 256 threads: two tiles at a time, without spilling.
+    SIDE, DEPTH, WARPS = 64, 32, 8
 
     def __init__(self, live: Mapping[Any, Tensor]):
         """Takes no memory of the device and imports no Triton before the first merge."""
@@ -158,7 +159,7 @@ class FusedMerger:
         if variant not in self._checked:
             self._check(variant, like.device)
             self._checked.add(variant)
-        tiles = -(-shapes[:, 0] // _SIDE) * -(-shapes[:, 1] // _SIDE)
+        tiles = -(-shapes[:, 0] // self.SIDE) * -(-shapes[:, 1] // self.SIDE)
         ends = np.searchsorted(parts[:, 0], np.arange(len(shapes) + 1))
         # The table in int64: eight columns for a module, then five for a part (`_part_rows`), then each module's tiles.
         modules = np.column_stack([addresses, shapes, np.cumsum(tiles) - tiles, ends[:-1], ends[1:]])
@@ -217,9 +218,9 @@ class FusedMerger:
                 # One kernel for all mixtures, or each would be compiled.
                 DTYPES=variant.factors if variant.factors in _CODES.values() else _ALL_CODES,
                 ALIGNED=variant.aligned,
-                SIDE=_SIDE,
-                DEPTH=_DEPTH,
-                num_warps=_WARPS,
+                SIDE=self.SIDE,
+                DEPTH=self.DEPTH,
+                num_warps=self.WARPS,
                 num_stages=2,
             )
 

@@ -138,7 +138,7 @@ def prepare(settings: Settings) -> argparse.Namespace:
 
 
 def keep_compiled_code(settings: Settings) -> None:
-    """Let Triton, and torch with COMPILE=1, keep in COMPILE_CACHE_DIR what they compile, unless their variables say.
+    """Let Triton, and torch with COMPILE=1, keep what they compile in COMPILE_CACHE_DIR; their own variables go first.
 
     With COMPILE=0 that is the kernel which merges LoRAs on NVIDIA GPUs. To be called before anything is compiled. A
     folder that cannot be written is only logged: they have their own.

@@ -22,6 +22,7 @@ from sdxl_worker.lora.formats.low_rank import LowRank
 from sdxl_worker.lora.fused import FusedMerger, Part
 from sdxl_worker.request import LoraScale
 from tests.support.lora_files import CONV, CROSS, LINEAR, kohya, lokr, lora, save
+from tests.support.operations import Waits
 
 pytest.importorskip("triton")
 
@@ -146,6 +147,35 @@ def test_what_does_not_fit_a_weight_is_not_for_the_kernel():
     }
     found = FusedMerger(live).factors_of(wrong, data)
     assert (found.weights.tolist(), sorted(found.others.tolist())) == ([], [0, 1, 2])
+
+
+@pytest.mark.parametrize("device", ["meta", pytest.param("cuda", marks=GPU)])
+def test_a_merge_waits_for_nothing(device: str, monkeypatch: pytest.MonkeyPatch):
+    """On the CPU with the meta device in the GPU's place, and nothing in the kernel's."""
+    host = weights(SMALL, F16, "cpu")
+    live = {name: weight.to(device) for name, weight in host.items()}
+    changes, data = file_of(host, 4, F16)
+    merger, moved = FusedMerger(live), data.to(device)
+    pristine = {name: live[name].clone() for name in changes}
+    if device == "meta":
+        monkeypatch.setattr(FusedMerger, "_check", lambda *_: None)
+        monkeypatch.setattr(FusedMerger, "_run", lambda *_: None)
+
+    def merge(strength: float) -> None:
+        merger.merge([Part(merger.factors_of(changes, data), moved, np.full(len(live), strength))], pristine)
+
+    if device == "meta":
+        with Waits() as waits:
+            merge(0.5)
+        assert waits.names == []
+        return
+    # The first time it compiles and checks.
+    merge(0.5)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        merge(-0.5)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 MODULES = {
@@ -323,10 +353,10 @@ def test_it_compiles_for_what_runpod_rents(tmp_path: Path, monkeypatch, capabili
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     constants = {"WEIGHT": getattr(language, weight), "DTYPES": dtypes, "ALIGNED": aligned}
-    constants |= {"SIDE": fused._SIDE, "DEPTH": fused._DEPTH}
+    constants |= {"SIDE": FusedMerger.SIDE, "DEPTH": FusedMerger.DEPTH}
     signature = {"table": "*i64", "tiles": "*i32", "parts_at": "i32", **dict.fromkeys(constants, "constexpr")}
     source = ASTSource(triton.jit(kernel.merge_tiles), signature=signature, constexprs=constants)
-    options = {"num_warps": fused._WARPS, "num_stages": 2}
+    options = {"num_warps": FusedMerger.WARPS, "num_stages": 2}
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert built.asm["cubin"]
     assert built.metadata.shared <= 48 * 1024

@@ -53,7 +53,8 @@ class Waits(TorchDispatchMode):
         name = func.overloadpacket.__name__
         sends = name in ("_to_copy", "copy_") and any(_is_on(arg, "cpu") for arg in args) and _is_on(result, "meta")
         waits = not ((kwargs or {}).get("non_blocking") or (name == "copy_" and args[2:] == (True,)))
-        if sends and waits:
+        # torch.tensor(values, device=...) shows only as lift_fresh.
+        if (sends and waits) or (name == "lift_fresh" and _is_on(result, "meta")):
             self.names.append(name)
         return result
 
@@ -70,10 +71,7 @@ class _WaitingCalls(TorchFunctionMode):
             self._names.append("solve")
         if func is Tensor.__getitem__ and isinstance(args[1], list) and _is_on(args[0], "meta"):
             self._names.append("index by list")
-        result = func(*args, **(kwargs or {}))
-        if func in (torch.tensor, torch.as_tensor) and _is_on(result, "meta") and not _is_on(args[0], "meta"):
-            self._names.append("tensor")
-        return result
+        return func(*args, **(kwargs or {}))
 
 
 def _is_on(value: Any, device: str) -> bool:
