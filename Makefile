@@ -9,11 +9,12 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 RUN_INPUT := {"input": {"prompt": "a lighthouse at dusk", "width": 512, "height": 512, "num_inference_steps": 8, \
 	"seed": 7, "loras": [{"path": "tiny-example", "scale": 0.8}]}}
 
-.PHONY: help run test lint types pytest clean
+.PHONY: help run test lint types pytest wheels clean
 
 help:
 	@echo "make run    set up .venv, render one LoRA request on the tiny model, save it under output/"
 	@echo "make test   set up .venv, then lint, types and tests"
+	@echo "make wheels fetch what a GPU machine without a network lacks for python -m bench.gpu into wheels/"
 	@echo "make clean  remove .venv, caches and output/"
 
 $(PY):
@@ -44,5 +45,15 @@ types: $(VENV)/.dev
 pytest: $(VENV)/.dev
 	$(PY) -m pytest -n 2 --dist loadfile
 
+# For the Python of the GPU machine, not for this one's: make wheels WHEELS_PYTHON=3.11
+WHEELS_PYTHON ?= 3.12
+wheels: | $(PY)
+	rm -rf wheels
+	$(PY) -m pip download --disable-pip-version-check --no-deps --only-binary=:all: --dest wheels \
+		--implementation cp --python-version $(WHEELS_PYTHON) \
+		--platform manylinux2014_x86_64 --platform manylinux_2_28_x86_64 \
+		--constraint requirements.txt --requirement bench/gpu/wheels.txt
+	@du -sh wheels
+
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .cache output
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .cache output wheels

@@ -200,3 +200,15 @@ def test_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Pat
     for wrong in (["--only", "nonsense"], ["--again", "nonsense"]):
         with pytest.raises(SystemExit):
             called(*wrong)
+
+
+def test_the_wheels_have_what_the_worker_imports():
+    """What requirements.txt pins comes along, or is among what a machine for PyTorch has."""
+
+    def names(file: str) -> set[str]:
+        lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+        return {line.partition("#")[0].partition("==")[0].strip().lower() for line in lines} - {""}
+
+    there = {"torch", "transformers", "accelerate", "peft", "safetensors", "huggingface_hub", "requests", "urllib3"}
+    there |= {"filelock", "tqdm", "aiohttp", "numpy", "scipy", "pillow", "triton"}
+    assert names("requirements.txt") - names("bench/gpu/wheels.txt") <= there
