@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from torchsde._brownian import brownian_interval
 
 from sdxl_worker import topology
 from sdxl_worker.generate import render as render_module
@@ -49,8 +48,7 @@ def drawing(device: str, pipelines: dict[str, Any], monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(pipeline.unet, "forward", predicted_on_meta)
         # torchsde's noise, which asks for a generator of the device.
         monkeypatch.setattr(
-            brownian_interval,
-            "_randn",
+            "torchsde._brownian.brownian_interval._randn",
             lambda size, dtype, device, _seed: torch.empty(size, dtype=dtype, device=device),
         )
     return pipeline
@@ -67,6 +65,12 @@ def on(pipelines: dict[str, Any], device: str) -> Any:
 def predicted_on_meta(sample: torch.Tensor, timestep: torch.Tensor, **_more: Any) -> tuple[torch.Tensor]:
     assert timestep.device.type == "meta"
     return (torch.empty_like(sample),)
+
+
+def require(name: str) -> None:
+    """A bare GPU machine may lack what one sampler draws its noise with."""
+    if name == "DPM++ SDE":
+        pytest.importorskip("torchsde")
 
 
 @contextlib.contextmanager
@@ -119,6 +123,7 @@ def steps_made(pipeline: Any, name: str, class_name: str) -> int:
 @ON_META_AND_CUDA
 @pytest.mark.parametrize("name", scheduler_names())
 def test_no_step_waits(name: str, device: str, drawing: Any):
+    require(name)
     assert steps_made(drawing, name, TEXT) >= STEPS
 
 
@@ -145,7 +150,9 @@ def test_what_the_worker_does_at_a_step_does_not_wait_either(device: str, pipeli
     pipeline = on(pipelines, device)
     if device == "meta":
         monkeypatch.setattr(render_module._Drawing, "_generators", lambda *_: None)
-    request = GenerationRequest("a", width=64, height=64, num_inference_steps=4, guidance_rescale=0.5, deep_cache=2)
+    request = GenerationRequest(
+        "a", width=64, height=64, num_inference_steps=4, guidance_rescale=0.5, deep_cache=2, cfg_end=0.5
+    )
     shares: list[float] = []
     steps: list[int] = []
     watched = contextlib.ExitStack()
@@ -191,6 +198,7 @@ def test_what_is_sent_ahead_has_the_same_values():
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", scheduler_names())
 def test_pictures_are_those_of_stock_diffusers_on_the_gpu(name: str, pipelines: dict[str, Any], monkeypatch):
+    require(name)
     pipeline = on(pipelines, "cuda")
     request = GenerationRequest("a lighthouse", width=64, height=64, seed=3, num_inference_steps=6, scheduler=name)
     (ahead,) = render(pipeline, request)
