@@ -193,7 +193,7 @@ FIGURES: tuple[Figure, ...] = (
     Figure(
         "cold_start",
         "process start to first picture, against a bare script on diffusers",
-        PLAIN,
+        PROCESSES,
         "bench.cold_start:run_on",
         150,
         {"size": 1024, "steps": 8, "repeats": 2},

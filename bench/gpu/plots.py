@@ -141,6 +141,7 @@ def _ranks(axes: Any, result: Mapping[str, Any]) -> None:
     for name, seconds in switches.items():
         axes.plot(list(cases), [1000 * one for one in seconds], "o-", label=name)
     axes.set_xscale("log", base=2)
+    axes.set_xticks(list(cases), [str(rank) for rank in cases])
     axes.set(xlabel="rank", ylabel="apply and restore, ms", ylim=(0, None))
     axes.legend(fontsize=9)
 
@@ -171,9 +172,9 @@ def _cold_start(axes: Any, result: Mapping[str, Any]) -> None:
 
 
 def _utilisation(axes: Any, result: Mapping[str, Any]) -> None:
-    percents = result["samples_percent"]
-    axes.plot([index * result["sample_ms"] / 1000 for index in range(len(percents))], percents, linewidth=0.8)
-    busy = f"{result['busy_percent']:.1f} %" if percents else "not measured"
+    samples = result["samples"]
+    axes.plot(samples["at_s"], samples["percent"], linewidth=0.8)
+    busy = f"{result['busy_percent']:.1f} %" if samples["percent"] else "not measured"
     axes.set(xlabel="seconds", ylabel=f"device busy, % (on average {busy})", ylim=(0, 105))
 
 

@@ -1,6 +1,6 @@
 """How busy the device is over a mixed run: a real worker on the SDK's loop with WORKER_CONCURRENCY=2, on a local queue.
 
-nvidia-smi says five times a second in what share of the time before a kernel ran.
+nvidia-smi says a few times a second in what share of the time before a kernel ran.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from bench.gpu.mixed import DEVICE, MODEL, jobs
 from tests.integration.queue_server import QueueServer
 from tests.integration.worker_process import WorkerProcess, worker_environment
 
-SAMPLE_MS = 200
+SAMPLE_MS = 250
 SCRIPT = "import sys; from bench.gpu.mixed import main; sys.exit(main())"
 # Stages of a job while which it has the device to itself.
 _ON_THE_DEVICE = ("applying_loras", "denoising", "restoring")
@@ -32,7 +32,8 @@ def measure(_pipeline: Any, options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, QueueServer() as queue:
         cache = Path(folder) / "cache"
         cache.mkdir()
-        more = {"WORKER_CONCURRENCY": "2", MODEL: options.model, DEVICE: options.device}
+        more = {"WORKER_CONCURRENCY": "2", "COMPILE_CACHE_DIR": f"{folder}/compiled"}
+        more |= {MODEL: options.model, DEVICE: options.device}
         environment = {**worker_environment(cache), **queue.environment("mixed"), **more}
         if options.device == "cuda":
             # One thread is for small machines on which several workers draw on the CPU.
@@ -42,7 +43,7 @@ def measure(_pipeline: Any, options: argparse.Namespace) -> dict[str, Any]:
             for fields in jobs(4, options.shrink):
                 _drawn(queue, worker, queue.submit(fields))
             before = len(worker.lines())
-            with _samples() as busy:
+            with samples() as busy:
                 started = time.monotonic()
                 ids = [queue.submit(fields) for fields in jobs(options.jobs, options.shrink)]
                 for job_id in ids:
@@ -51,15 +52,15 @@ def measure(_pipeline: Any, options: argparse.Namespace) -> dict[str, Any]:
             worker.wait_for(f'"{ids[-1]}"')
             lines = worker.lines()[before:]
     held = sum(line["ms"].get(stage, 0.0) for line in lines for stage in _ON_THE_DEVICE) / 1000
-    percents = [percent for at, percent in busy if started <= at <= started + seconds]
+    counted = [(round(at - started, 2), percent) for at, percent in busy if started <= at <= started + seconds]
+    percents = [percent for _, percent in counted]
     result = {
         "jobs": options.jobs,
         "seconds": seconds,
         "jobs_per_minute": 60 * options.jobs / seconds,
         "device_held_percent": 100 * held / seconds,
         "stages_ms": _stages(lines),
-        "samples_percent": percents,
-        "sample_ms": SAMPLE_MS,
+        "samples": {"at_s": [at for at, _ in counted], "percent": percents},
     }
     return {**result, "busy_percent": statistics.mean(percents)} if percents else result
 
@@ -76,27 +77,32 @@ def _stages(lines: list[dict[str, Any]]) -> dict[str, float]:
     return {name: statistics.median(line["ms"].get(name, 0.0) for line in lines) for name in sorted(names)}
 
 
+def readings(lines: Iterable[str]) -> Iterator[tuple[float, int]]:
+    """The moment (time.monotonic) and the percent of each line that has one."""
+    for line in lines:
+        if line.strip().isdecimal():
+            yield time.monotonic(), int(line)
+
+
 @contextlib.contextmanager
-def _samples() -> Iterator[list[tuple[float, int]]]:
-    """Moments (time.monotonic) and percents; none without nvidia-smi."""
+def samples() -> Iterator[list[tuple[float, int]]]:
+    """The readings of nvidia-smi, as they come; none without it."""
     found: list[tuple[float, int]] = []
-    if shutil.which("nvidia-smi") is None:
-        yield found
-        return
+    ended = threading.Event()
     query = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "-i", "0"]
-    process = subprocess.Popen([*query, "-lms", str(SAMPLE_MS)], stdout=subprocess.PIPE, text=True)
 
     def read() -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.strip().isdecimal():
-                found.append((time.monotonic(), int(line)))
+        # One call each: in a loop of its own nvidia-smi may hold lines back as long as nobody watches.
+        while not ended.wait(SAMPLE_MS / 1000):
+            told = subprocess.run(query, capture_output=True, text=True, check=False).stdout
+            found.extend(readings(told.splitlines()))
 
-    reader = threading.Thread(target=read, daemon=True)
-    reader.start()
+    reader = threading.Thread(target=read)
+    if shutil.which("nvidia-smi") is not None:
+        reader.start()
     try:
         yield found
     finally:
-        process.kill()
-        process.wait()
-        reader.join()
+        ended.set()
+        if reader.ident is not None:
+            reader.join()

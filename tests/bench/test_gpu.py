@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from PIL import Image
 import handler
 from bench.gpu import __main__ as command
 from bench.gpu import runner as runner_module
+from bench.gpu import utilisation
 from bench.gpu.child import measured
 from bench.gpu.figures import FIGURES, PROCESSES, Figure, Goal, chosen
 from bench.gpu.plots import PLOTS, draw_all
@@ -169,8 +172,24 @@ def test_the_gpu_tests_are_counted(tmp_path: Path):
     assert [(each["test"].rpartition("::")[2], each["message"]) for each in found["failures"]] == [
         ("test_bad", "assert 1 == 2")
     ]
-    options.limit_s = 0.01
-    assert measure(None, options)["failed"] == 1
+
+
+def test_gpu_tests_that_hang_leave_what_was_told_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def stopped(*_: object, timeout: float, **__: object) -> None:
+        told = b"a.py::test_1[a b] PASSED [ 25%]\na.py::test_2 FAILED [ 50%]\na.py::test_3 SKIPPED (no)\na.py::test_4 "
+        raise subprocess.TimeoutExpired("pytest", timeout, output=told)
+
+    monkeypatch.setattr(subprocess, "run", stopped)
+    found = measure(None, command.argparse.Namespace(files=["a.py"], limit_s=100))
+    assert (found["passed"], found["failed"], found["skipped"]) == (1, 2, 1)
+    assert [each["test"] for each in found["failures"]] == ["a.py::test_2", "a.py::test_4"]
+    assert found["status"] == "stopped after 100 s"
+
+
+def test_what_nvidia_smi_says_is_read():
+    found = list(utilisation.readings(["97\n", "[N/A]\n", "\n", "3\n"]))
+    assert [percent for _, percent in found] == [97, 3]
+    assert found[0][0] <= found[1][0] <= time.monotonic()
 
 
 def test_the_table_of_figures_is_sound():
