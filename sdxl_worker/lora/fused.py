@@ -9,7 +9,7 @@ GB, 3 ms at the 3.35 TB/s of an H100; putting the weights back moves as much aga
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,7 +67,7 @@ class Variant:
 
 
 class KernelFailed(Exception):
-    """The kernel gave other numbers than the formula."""
+    """The kernel gave other numbers than the formula, or has something before it that it was not made for."""
 
 
 class FusedMerger:
@@ -81,6 +81,7 @@ class FusedMerger:
         self._targets = list(live)
         self._live = list(live.values())
         self._numbers = {target: number for number, target in enumerate(self._targets)}
+        self._strides = [weight.stride() for weight in self._live]
         self._shapes = np.array([_matrix_shape(weight) for weight in self._live], np.int64).reshape(-1, 3)
         self._codes = np.array([_CODES.get(weight.dtype, 0) for weight in self._live], np.int64)
         self._kernel: Any = None
@@ -144,13 +145,25 @@ class FusedMerger:
         addresses = np.array(
             [(weight.data_ptr(), of.data_ptr()) for weight, of in zip(live, pristine.values(), strict=True)], np.int64
         ).reshape(-1, 2)
-        shapes = self._shapes[numbers]
+        shapes = self._shapes_now(numbers, pristine.values())
         aligned = (addresses % 16 == 0).all(1) & (shapes[:, 1] % 8 == 0)
         groups = self._codes[numbers] * 2 + aligned
         for group in np.unique(groups):
             chosen = np.flatnonzero(groups == group)
             rows = _part_rows(parts, numbers[chosen], len(self._live))
             self._launch(addresses[chosen], shapes[chosen], rows, live[chosen[0]], bool(group % 2))
+
+    def _shapes_now(self, numbers: np.ndarray, pristine: Iterable[Tensor]) -> np.ndarray:
+        """Those of `_matrix_shape`: whole models change the order of their convolutions. Raises KernelFailed."""
+        for number, copy in zip(numbers.tolist(), pristine, strict=True):
+            weight = self._live[number]
+            if (strides := weight.stride()) != self._strides[number]:
+                self._strides[number], self._shapes[number] = strides, _matrix_shape(weight)
+            if copy.stride() != strides:
+                raise KernelFailed("a weight lies in another order than its untouched copy")
+        if not self._shapes[numbers].all():
+            raise KernelFailed("a weight lies in memory in an order that is not known")
+        return self._shapes[numbers]
 
     def _launch(
         self, addresses: np.ndarray, shapes: np.ndarray, parts: np.ndarray, like: Tensor, aligned: bool

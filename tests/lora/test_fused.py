@@ -19,7 +19,7 @@ from sdxl_worker.errors import LoraIncompatible
 from sdxl_worker.lora import fused, kernel
 from sdxl_worker.lora.engine import LoraEngine
 from sdxl_worker.lora.formats.low_rank import LowRank
-from sdxl_worker.lora.fused import FusedMerger, Part
+from sdxl_worker.lora.fused import FusedMerger, KernelFailed, Part
 from sdxl_worker.request import LoraScale
 from tests.support.lora_files import CONV, CROSS, LINEAR, kohya, lokr, lora, save
 from tests.support.operations import Waits
@@ -147,6 +147,24 @@ def test_what_does_not_fit_a_weight_is_not_for_the_kernel():
     }
     found = FusedMerger(live).factors_of(wrong, data)
     assert (found.weights.tolist(), sorted(found.others.tolist())) == ([], [0, 1, 2])
+
+
+def test_a_model_may_change_the_order_of_its_convolutions(device: str):
+    """As the whole UNet is laid out anew: the parameters stay, their data do not."""
+    weight = torch.nn.Parameter(weights(((24, 8, 3, 3),), F16, device)["(24, 8, 3, 3)"], requires_grad=False)
+    merger = FusedMerger({"weight": weight})
+    changes, data = file_of({"weight": weight}, 4, F16)
+    part = Part(merger.factors_of(changes, data), data.to(device), np.ones(1))
+    change = changes["weight"].up.double() @ changes["weight"].down.double() / 4
+    expected = weight.double().cpu() + change.view(weight.shape)
+    weight.data = weight.data.to(memory_format=torch.channels_last)
+    merger.merge([part], {"weight": weight})
+    assert steps_off(weight.cpu(), expected) <= 0.5
+    with pytest.raises(KernelFailed, match="copy"):
+        merger.merge([part], {"weight": weight.contiguous()})
+    weight.data = weight.data.transpose(0, 1)
+    with pytest.raises(KernelFailed, match="not known"):
+        merger.merge([part], {"weight": weight})
 
 
 @pytest.mark.parametrize("device", ["meta", pytest.param("cuda", marks=GPU)])
