@@ -14,7 +14,6 @@ import argparse
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,53 +27,10 @@ from bench.lora_costs import MemoryLimit, loras_of, weights_of
 from bench.lora_files import RANK, SCALE, linear_layers, write_loras
 from bench.models import random_pipeline
 from bench.report import machine, table, write_result
+from bench.timed_request import Request
 from sdxl_worker.lora.engine import LoraEngine
 
 COUNTS = (1, 2, 4)
-
-
-class Request:
-    """One fixed-seed request; `render` returns the picture and records the seconds of each denoising step."""
-
-    def __init__(self, pipeline: Any, clock: Clock, size: int, steps: int):
-        self.pipeline, self.clock, self.size, self.steps = pipeline, clock, size, steps
-        self.step_times: list[float] = []
-
-    def render(self) -> np.ndarray:
-        """The picture as uint8 (height, width, 3)."""
-        begun = 0.0
-
-        def before_unet(_unet: Any, _arguments: Any) -> None:
-            nonlocal begun
-            self.clock.wait()
-            begun = time.perf_counter()
-
-        def after_step(_pipeline: Any, _step: int, _timestep: Any, _tensors: dict[str, Any]) -> dict[str, Any]:
-            self.clock.wait()
-            self.step_times.append(time.perf_counter() - begun)
-            return {}
-
-        self.step_times = []
-        generator = torch.Generator(self.pipeline.device).manual_seed(0)
-        with torch.no_grad(), self.pipeline.unet.register_forward_pre_hook(before_unet):
-            image = self.pipeline(
-                "a lighthouse at dusk",
-                width=self.size,
-                height=self.size,
-                num_inference_steps=self.steps,
-                generator=generator,
-                callback_on_step_end=after_step,
-            ).images[0]
-        return np.asarray(image)
-
-    def timed(self) -> tuple[float, float, np.ndarray]:
-        """Seconds of the whole render, seconds of its fastest step, and the picture.
-
-        The fastest, because what a shared machine adds to a step is never negative and often more than the 2% at stake.
-        """
-        pictures: list[np.ndarray] = []
-        whole = self.clock.time(lambda: pictures.append(self.render()))
-        return whole, min(self.step_times), pictures[0]
 
 
 def step_ratio(engine: LoraEngine, paths: list[Path], request: Request, pairs: int) -> float:

@@ -68,7 +68,7 @@ class Row:
     state: State = contextlib.nullcontext
     fields: Mapping[str, Any] = field(default_factory=dict)
     draws: Callable[[Any, GenerationRequest], Any] = lambda *made: render(*made)[0]
-    slow: bool = False
+    once: bool = False
 
 
 def rows_for(pipeline: Any, compiled: Compiled) -> list[Row]:
@@ -79,13 +79,13 @@ def rows_for(pipeline: Any, compiled: Compiled) -> list[Row]:
         Row("this worker as it comes"),
         Row("channels_last", compiled.layout.entered),
         Row("COMPILE=1", compiled.entered),
-        *(Row(f"ATTENTION={name}", functools.partial(attention.chosen, name), slow=name == "math") for name in kernels),
+        *(Row(f"ATTENTION={name}", functools.partial(attention.chosen, name), once=name == "math") for name in kernels),
     ]
     known = {entry.name for entry in dataclasses.fields(GenerationRequest)}
     for fields in OPT_INS:
         if fields.keys() <= known:
             named = ", ".join(f"{name}={value}" for name, value in fields.items())
-            rows += [Row(named, fields=fields), Row(f"COMPILE=1, {named}", compiled.entered, fields)]
+            rows += [Row(named, fields=fields, once=True), Row(f"COMPILE=1, {named}", compiled.entered, fields)]
     return rows
 
 
@@ -171,8 +171,8 @@ def table_on(pipeline: Any, options: argparse.Namespace, compiled: Compiled) -> 
     before = graphs()
     for number in range(options.repeats):
         for row in rows:
-            # The slow one is to be known, and not waited for.
-            if number == 0 or not row.slow:
+            # What is slow, or tells little beside the rest, is to be known and not waited for.
+            if number == 0 or not row.once:
                 rounds.again(row)
     new_graphs = graphs() - before
     results = {row.name: rounds.result(row) for row in rows}

@@ -12,7 +12,12 @@ if TYPE_CHECKING:
     import torch
 
 # How CUDA, its libraries and the CPU's allocator word it where they do not raise torch.OutOfMemoryError.
-_WORDS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "can't allocate memory")
+_WORDS = (
+    *("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "can't allocate memory"),
+    # Of a convolution, which tries every way that cuDNN has, and for which none had room for its scratch memory. What
+    # a GPU cannot do at all is seen when the worker starts.
+    *("unable to find an engine to execute this computation", "Unable to find a valid cuDNN algorithm"),
+)
 
 
 @contextlib.contextmanager

@@ -253,6 +253,8 @@ class Worker:
                 ahead.enter_context(loras.sent_ahead())
             stack.enter_context(run.device())
             stack.enter_context(self.health.watch())
+            # After a failure, before memory is freed and the device passed on.
+            stack.callback(ahead.close)
             stack.enter_context(self.resident.attention())
             # Before the LoRAs: the refiner, which gets none, shares the second text encoder.
             refiner = self.resident.refiner

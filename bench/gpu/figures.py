@@ -110,6 +110,26 @@ FIGURES: tuple[Figure, ...] = (
         _SMALL,
     ),
     Figure(
+        "steps",
+        "what waiting for the device costs a step, by sampler, and what previews cost",
+        PLAIN,
+        "bench.steps:run_on",
+        60,
+        {
+            "size": 512,
+            "steps": 12,
+            "repeats": 3,
+            "samplers": ["K_EULER", "PNDM", "DDIM", "DDPM", "UniPC", "SA-Solver", "LCM", "TCD"],
+        },
+        {**_SMALL, "repeats": 1, "samplers": ["K_EULER", "UniPC"]},
+        (
+            Goal("K_EULER / with diffusers' schedule", ("samplers", "K_EULER", "ratio", "median"), at_most=1.02),
+            Goal("UniPC / with diffusers' schedule", ("samplers", "UniPC", "ratio", "median"), at_most=1.02),
+            Goal("with previews / without", ("previews", "colours", "ratio", "median"), at_most=1.02),
+            Goal("with previews of a VAE / without", ("previews", "vae", "ratio", "median")),
+        ),
+    ),
+    Figure(
         "switching",
         "LoRAs applied and restored, against stock load and unload",
         PLAIN,

@@ -22,7 +22,7 @@ from sdxl_worker.errors import LoraIncompatible, RestoreFailed
 from sdxl_worker.lora.formats.format import Change
 from sdxl_worker.lora.formats.low_rank import LowRank
 from sdxl_worker.lora.fused import FusedMerger, Part
-from sdxl_worker.memory import is_out_of_memory
+from sdxl_worker.memory import free_bytes, is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ class WeightMerger:
             logger.info("pristine weights are kept in host memory, where the model is")
             return "device"
         needed = sum(tensor.numel() * tensor.element_size() for tensor in self._live.values())
-        free, _ = torch.cuda.mem_get_info(live.device)
+        free = free_bytes(live.device)
         place = "device" if free - needed > ACTIVATION_RESERVE else "host"
         logger.info(
             "pristine weights are kept in %s memory: up to %.1f GB of %.1f GB free, %.1f GB stay for rendering",

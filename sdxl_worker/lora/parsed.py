@@ -57,10 +57,10 @@ class ParsedLora:
     @functools.cached_property
     def size(self) -> int:
         """Bytes of host memory: the file's data, what was computed from it, and the objects that hold both."""
-        storages = {self.data.untyped_storage().data_ptr(): self.data.untyped_storage().nbytes()}
+        storages = {self.data.untyped_storage().data_ptr(): _taken_by(self.data)}
         tensors = [tensor for change in self.matched.changes.values() for tensor in tensors_of(change)]
         for tensor in tensors:
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            storages.setdefault(tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes())
         return sum(storages.values()) + OBJECT_BYTES * (len(tensors) + 1)
 
     @functools.cached_property
@@ -83,11 +83,36 @@ class ParsedLora:
         if data is self.data:
             return chosen
 
+        of_type: dict[torch.dtype, torch.Tensor] = {}
+
         def move(tensor: torch.Tensor) -> torch.Tensor:
-            if tensor.untyped_storage().data_ptr() != self.data.untyped_storage().data_ptr():
+            place = self._places.get(id(tensor))
+            if place is None:
                 return tensor.to(data.device, non_blocking=True)
-            begin = tensor.data_ptr() - self.data.data_ptr()
-            part = data[begin : begin + tensor.numel() * tensor.element_size()]
-            return part.view(tensor.dtype).view(tensor.shape)
+            dtype = tensor.dtype
+            if dtype not in of_type:
+                of_type[dtype] = data[: data.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
+            return of_type[dtype].as_strided(*place)
 
         return {target: map_tensors(change, move) for target, change in chosen.items()}
+
+    @functools.cached_property
+    def _places(self) -> dict[int, tuple[torch.Size, tuple[int, ...], int]]:
+        """Shape, strides and offset in `data` by `id` of the tensors that are views of it, counted in their elements.
+
+        Computed once: a file has thousands, and each merge on a device cuts up another copy.
+        """
+        storage, begin = self.data.untyped_storage().data_ptr(), self.data.data_ptr()
+        tensors = [tensor for change in self.matched.changes.values() for tensor in tensors_of(change)]
+        return {
+            id(tensor): (tensor.shape, tensor.stride(), (tensor.data_ptr() - begin) // tensor.element_size())
+            for tensor in tensors
+            if tensor.untyped_storage().data_ptr() == storage
+            and not (tensor.data_ptr() - begin) % tensor.element_size()
+        }
+
+
+def _taken_by(data: torch.Tensor) -> int:
+    """Bytes of host memory behind `data`: torch takes page-locked memory in powers of two."""
+    size = data.untyped_storage().nbytes()
+    return 1 << (size - 1).bit_length() if size and data.is_pinned() else size

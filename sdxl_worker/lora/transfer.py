@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sdxl_worker.lora.merge import ACTIVATION_RESERVE
-from sdxl_worker.memory import free_bytes, is_out_of_memory
+from sdxl_worker.memory import free_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -26,12 +26,15 @@ class Transfer(Protocol):
     def ready(self) -> Tensor:
         """The copy, for work that the current stream gets from now on; the host does not wait for it."""
 
+    def let_go(self) -> None:
+        """No more work that reads the copy will be given to any stream."""
+
 
 class Sender(Protocol):
     """Begins copies of host memory on the device."""
 
     def send(self, data: Tensor) -> Transfer | None:
-        """Begin to copy `data` (uint8, 1-D); None where that would take memory that a render may need."""
+        """Begin to copy `data` (uint8, 1-D); None where there is no memory to spare, or it cannot be done."""
 
 
 class OwnStream:
@@ -43,10 +46,13 @@ class OwnStream:
         self._stream = torch.cuda.Stream(device)
 
     def send(self, data: Tensor) -> Transfer | None:
-        """None as well where memory runs out: the copy is then made when the weights are merged."""
-        if not self._fits(data.numel()):
-            return None
+        """None as well where it fails, for lack of memory or because the device is lost.
+
+        The copy is then made when the weights are merged, and what is wrong shows there: where the device is watched.
+        """
         try:
+            if not self._fits(data.numel()):
+                return None
             # Memory from the stream's own pool: it is never that of a tensor which the rendering stream still reads.
             with torch.cuda.stream(self._stream):
                 copy = torch.empty(data.numel(), dtype=data.dtype, device=self._device)
@@ -54,11 +60,9 @@ class OwnStream:
                 done = torch.cuda.Event()
                 done.record(self._stream)
         except RuntimeError as error:
-            if is_out_of_memory(error):
-                logger.info("no memory to send a LoRA ahead")
-                return None
-            raise
-        return _OnOwnStream(copy, done)
+            logger.info("a LoRA is not sent ahead: %s", type(error).__name__)
+            return None
+        return _OnOwnStream(copy, done, self._stream)
 
     def _fits(self, size: int) -> bool:
         """Enough stays for what renders, and nothing is taken from what torch keeps for it."""
@@ -67,15 +71,25 @@ class OwnStream:
 
 
 class _OnOwnStream:
-    def __init__(self, copy: Tensor, done: torch.cuda.Event) -> None:
-        self._copy, self._done = copy, done
+    def __init__(self, copy: Tensor, done: torch.cuda.Event, stream: torch.cuda.Stream) -> None:
+        self._copy, self._done, self._stream = copy, done, stream
+        self._readers: list[torch.cuda.Stream] = []
 
     def ready(self) -> Tensor:
         current = torch.cuda.current_stream(self._copy.device)
         current.wait_event(self._done)
-        # The memory is the other stream's: it may have it back only when the current one has read it.
-        self._copy.record_stream(current)
+        self._readers.append(current)
         return self._copy
+
+    def let_go(self) -> None:
+        """The memory is the own stream's, which may write to it again only when the others have read it.
+
+        Not by `record_stream`, which asks the device when the tensor dies: a lost one would end the process there.
+        """
+        # On a lost device no more will be written.
+        with contextlib.suppress(RuntimeError):
+            for reader in self._readers:
+                self._stream.wait_stream(reader)
 
 
 def sender_for(device: torch.device) -> Sender | None:
@@ -106,7 +120,8 @@ class HostData:
         finally:
             with self._lock:
                 self._waiting -= 1
-                if not self._waiting:
+                if not self._waiting and self._transfer is not None:
+                    self._transfer.let_go()
                     self._transfer = None
 
     def on(self, device: torch.device) -> Tensor:

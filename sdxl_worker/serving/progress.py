@@ -38,6 +38,7 @@ class RunPodProgress:
         self._last_stage = ""
         self._in_flight: threading.Thread | None = None
         self._draws_previews = True
+        self._failed_preview: Callable[[], str] | None = None
 
     def update(self, event: ProgressEvent) -> None:
         with self._lock:
@@ -81,6 +82,8 @@ class RunPodProgress:
                     if self._closed:
                         return
             except Exception:
+                # Kept as long as the job's error may be: a lost device takes no page-locked memory back.
+                self._failed_preview = preview
                 self._preview_failed()
             try:
                 rp_progress._thread_target(self._job, progress)

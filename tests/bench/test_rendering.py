@@ -40,6 +40,9 @@ def test_every_row_is_measured_and_nothing_stays_changed(
 ) -> None:
     """With dynamo alone, and one size: what inductor makes of it is measured by the command."""
     monkeypatch.setattr(compiled, "warm_up", lambda _pipeline: None)
+    monkeypatch.setattr(rendering, "OPT_INS", ({"unheard_of": 1}, {"cfg_end": 0.5}))
+    monkeypatch.setattr(rendering, "SWITCHES", 1)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     pipeline = topology.build_sdxl(device=device)
     pipeline.set_progress_bar_config(disable=True)
     for name in ("unet", "vae", "text_encoder", "text_encoder_2"):

@@ -120,6 +120,23 @@ def steps_made(pipeline: Any, name: str, class_name: str) -> int:
     return steps
 
 
+def test_the_search_for_waits_finds_them():
+    there, host = torch.zeros(3, device="meta"), torch.zeros(3)
+    with Waits() as waits:
+        host.to("meta", non_blocking=True)
+        there * host[0] + torch.ones((), device="meta")
+        assert waits.names == []
+        host.to("meta")
+        torch.empty_like(there).copy_(host)
+        torch.tensor([0.5], device="meta")
+        there[[0, 1]]
+        torch.linalg.solve(torch.zeros(2, 2, device="meta"), there[:2])
+    assert waits.names == ["_to_copy", "copy_", "tensor", "index by list", "solve"]
+    for read in (there[0].item, lambda: bool(there[0] > 0), there.nonzero, there.cpu):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            read()
+
+
 @ON_META_AND_CUDA
 @pytest.mark.parametrize("name", scheduler_names())
 def test_no_step_waits(name: str, device: str, drawing: Any):

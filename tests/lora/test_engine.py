@@ -195,6 +195,16 @@ def test_the_least_recently_used_goes_first(pipeline, files, tmp_path: Path, mon
     assert engine.read(files[1]) is not second
 
 
+def test_page_locked_memory_counts_as_what_torch_takes(pipeline, files, monkeypatch):
+    """In powers of two: a file of 1.1 GB takes 2."""
+    plain = LoraEngine(pipeline, 2**30).read(files[0])
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda _self: True)
+    pinned = LoraEngine(pipeline, 2**30).read(files[0])
+    taken = next(2**bits for bits in range(40) if 2**bits >= plain.data.numel())
+    assert taken > plain.data.numel()
+    assert pinned.size - plain.size == taken - plain.data.numel()
+
+
 def test_no_ram_cache(pipeline, files):
     engine = LoraEngine(pipeline, 0)
     assert engine.read(files[0]) is not engine.read(files[0])

@@ -78,3 +78,21 @@ def test_a_channels_last_convolution_is_merged_by_the_same_operations(count):
     for name in ("clone", "copy_", "_to_copy", "add_", "mul", "mm"):
         assert channels_last.elements[name] - plain.elements[name] <= (4 + 7) * 16 * 9, name
     assert channels_last.names["mm"] == 0
+
+
+def test_what_torch_keeps_free_is_room_for_the_pristine_copies(monkeypatch: pytest.MonkeyPatch):
+    """After a picture most of a GPU's free memory is in torch's pool: the copies would stay in host memory for good."""
+    gigabyte = 2**30
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (gigabyte, 24 * gigabyte))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 20 * gigabyte)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 8 * gigabyte)
+
+    class OnGpu:
+        """Says that it is on a GPU."""
+
+        device, is_cuda = torch.device("cuda"), True
+
+    merger = WeightMerger({TARGET: convolution(torch.contiguous_format)})
+    assert merger._choose_place(OnGpu()) == "device"  # type: ignore[arg-type]
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 16 * gigabyte)
+    assert merger._choose_place(OnGpu()) == "host"  # type: ignore[arg-type]

@@ -20,6 +20,7 @@ from sdxl_worker.serving.faults import Health, as_worker_error
         RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("CUDA error: out of memory"),
+        RuntimeError("GET was unable to find an engine to execute this computation"),
     ],
 )
 def test_row_49_out_of_memory(error):

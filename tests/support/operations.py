@@ -53,8 +53,7 @@ class Waits(TorchDispatchMode):
         name = func.overloadpacket.__name__
         sends = name in ("_to_copy", "copy_") and any(_is_on(arg, "cpu") for arg in args) and _is_on(result, "meta")
         waits = not ((kwargs or {}).get("non_blocking") or (name == "copy_" and args[2:] == (True,)))
-        # torch.tensor(values, device=...) shows only as lift_fresh.
-        if (sends and waits) or (name == "lift_fresh" and _is_on(result, "meta")):
+        if sends and waits:
             self.names.append(name)
         return result
 
@@ -71,7 +70,10 @@ class _WaitingCalls(TorchFunctionMode):
             self._names.append("solve")
         if func is Tensor.__getitem__ and isinstance(args[1], list) and _is_on(args[0], "meta"):
             self._names.append("index by list")
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.tensor, torch.as_tensor) and _is_on(result, "meta") and not _is_on(args[0], "meta"):
+            self._names.append("tensor")
+        return result
 
 
 def _is_on(value: Any, device: str) -> bool:
