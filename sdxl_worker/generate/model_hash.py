@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _DIGITS = 10
+# Between two chunks the thread waits for its turn among Python's threads, up to 5 ms while another imports or draws:
+# hashlib.file_digest's 0.25 MB could then be read at 50 MB/s only, and the first picture waits for the hash.
+_CHUNK = 16 * 2**20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -72,5 +75,8 @@ def _sha256(path: Path) -> str:
     blob = path.resolve().name
     if path.is_symlink() and _SHA256.fullmatch(blob):
         return blob
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(_CHUNK))
+    with path.open("rb", buffering=0) as handle:
+        while size := handle.readinto(buffer):
+            digest.update(buffer[:size])
+    return digest.hexdigest()

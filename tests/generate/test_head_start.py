@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from bench import cold_start
+from sdxl_worker.background import in_background
 from sdxl_worker.errors import ModelUnavailable
 from sdxl_worker.generate import head_start, model_hash
 from sdxl_worker.generate.base_model import BaseModel
@@ -20,6 +21,8 @@ from sdxl_worker.memory import collector_paused
 from sdxl_worker.settings import Settings
 from sdxl_worker.worker import Mode, Worker
 
+# Only bounds a hang.
+PATIENCE = 60.0
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
 
@@ -56,10 +59,14 @@ def test_files_are_read_in_order_and_one_that_is_not_there_is_passed_over(tmp_pa
     monkeypatch.setattr(head_start, "weight_files", lambda _: [pipes[0], tmp_path / "none", pipes[1]])
     (tmp_path / "model_index.json").write_text("{}")
     HeadStart(Settings(model_id=str(tmp_path)))
-    for pipe in pipes:
-        # Opening waits for whoever reads, and closing ends the file for him.
-        with pipe.open("wb") as file:
-            file.write(bytes(100_000))
+
+    def write() -> None:
+        for pipe in pipes:
+            # Opening waits for whoever reads, and closing ends the file for him.
+            with pipe.open("wb") as file:
+                file.write(bytes(100_000))
+
+    in_background(write, "write").result(timeout=PATIENCE)
 
 
 @pytest.mark.parametrize(
@@ -102,6 +109,7 @@ def test_the_model_is_hashed_once(worker, model, monkeypatch, caplog):
 def test_a_model_that_could_not_be_loaded_is_hashed_anew(worker, model):
     content = (model / UNET).read_bytes()
     (model / UNET).write_bytes(content[:1000])
+    worker.resident.head_start = HeadStart(worker.settings)
     get_ready(worker)
     with pytest.raises(ModelUnavailable, match="not a complete SDXL model"):
         _ = worker.pipeline
@@ -110,9 +118,11 @@ def test_a_model_that_could_not_be_loaded_is_hashed_anew(worker, model):
     assert worker.resident.model_hash == hash_of(model / UNET)
 
 
-def test_another_model_than_the_one_that_was_read_has_its_own_hash(worker, model, tmp_path, pipeline):
+def test_another_model_than_the_one_that_was_read_has_its_own_hash(worker, model, tmp_path):
     other = tmp_path / "other"
-    pipeline.save_pretrained(other, variant="fp16")
+    for name in ("model_index.json", UNET):
+        (other / name).parent.mkdir(parents=True, exist_ok=True)
+        (other / name).write_text("{}")
     worker.resident.head_start = HeadStart(Settings(model_id=str(other)))
     assert worker.pipeline.unet is not None
     assert worker.resident.model_hash == hash_of(model / UNET)

@@ -27,6 +27,13 @@ def test_hashing_does_not_hold_up_the_first_job_and_an_unreadable_file_has_no_ha
     assert start_hashing(BaseModel("tiny", None, "tiny", allow_vae_override=False), pipeline).done()
 
 
+def test_a_file_is_hashed_in_chunks(pipeline, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("sdxl_worker.generate.model_hash._CHUNK", 3)
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    model = BaseModel("file", tmp_path / "model.safetensors", "model", allow_vae_override=True)
+    assert model_hash(model, pipeline) == hashlib.sha256(b"weights").hexdigest()[:10]
+
+
 def test_whatever_goes_wrong_the_job_that_waits_gets_an_answer():
     tiny = BaseModel("tiny", None, "tiny", allow_vae_override=False)
     assert start_hashing(tiny, None).result(timeout=60) == ""
