@@ -313,7 +313,7 @@ def main() -> None:
     """Parse the command line, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--size", type=int, help="picture side in pixels (default 1024 on a GPU, 256 on the CPU)")
+    parser.add_argument("--size", type=int, help="picture side in pixels (default 1024 on a GPU, 192 on the CPU)")
     parser.add_argument("--steps", type=int, help="denoising steps (default 28 on a GPU, 4 on the CPU)")
     parser.add_argument("--repeats", type=int, default=3, help="rounds in which every row is drawn (default 3)")
     parser.add_argument("--parts", default=",".join(PARTS), help="which of table, switch, cache (default all)")
@@ -321,7 +321,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads for torch (default 1)")
     options = parser.parse_args()
     on_gpu = options.device == "cuda"
-    options.size = options.size or (1024 if on_gpu else 256)
+    options.size = options.size or (1024 if on_gpu else 192)
     options.steps = options.steps or (28 if on_gpu else 4)
     options.parts = options.parts.split(",")
     torch.set_num_threads(options.threads)

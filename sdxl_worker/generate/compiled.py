@@ -92,6 +92,7 @@ def is_compiled(pipeline: StableDiffusionXLPipeline) -> bool:
 def warm_up(pipeline: StableDiffusionXLPipeline) -> None:
     """Draw what has every form of every block compiled; the log says how far it is. Whatever fails is only logged."""
     started = time.monotonic()
+    _allow_more_graphs()
     width, height = _GPU_SIZE if pipeline.device.type == "cuda" else _CPU_SIZE
     inputs = plain_inputs(pipeline, width, height)
     forms = (("several pictures, with guidance", 2, 5.5), ("one picture, without guidance", 1, 1.0))
@@ -120,6 +121,13 @@ def warm_up(pipeline: StableDiffusionXLPipeline) -> None:
     logger.info("COMPILE: %s after %.0f s; compiled code is kept in %s", state, time.monotonic() - started, folder)
 
 
+def _allow_more_graphs() -> bool:
+    """False where that was done: for this thread alone, as torch's settings are. Jobs may run in another one."""
+    allowed = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(allowed, _MOST_GRAPHS)
+    return allowed < _MOST_GRAPHS
+
+
 def _blocks(pipeline: StableDiffusionXLPipeline, gpu: bool) -> Iterator[nn.Module]:
     # Beside what diffusers says to be repeated, on a GPU what takes most of the rest of the time. torch compiles a
     # convolution for the CPU once for small pictures and once for large ones.
@@ -141,7 +149,7 @@ class _Fallback:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             try:
-                return compiled(*args, **kwargs)
+                return compiled(*map(_no_view, args), **{name: _no_view(value) for name, value in kwargs.items()})
             except Exception as error:
                 if not _is_of_the_compiler(error) or is_out_of_memory(error):
                     raise
@@ -154,9 +162,7 @@ class _Fallback:
     def _next_try(self, block: nn.Module, error: Exception) -> bool:
         """True to try once more, which can go well now; else that class of blocks, or this call, goes on as written."""
         if type(error).__name__ == "FailOnRecompileLimitHit":
-            if torch._dynamo.config.recompile_limit < _MOST_GRAPHS:
-                # For this thread, as torch's settings are: jobs may run in another one than the warm-up.
-                torch._dynamo.config.recompile_limit = _MOST_GRAPHS
+            if _allow_more_graphs():
                 return True
             # A shape of its own, which one more graph would serve: the others stay compiled.
             if not self._has_met_the_limit:
@@ -177,6 +183,11 @@ class _Fallback:
         reason = _reason(error)
         logger.warning("COMPILE is 1, and the model%s cannot be compiled here (%s): it runs as it is", left, reason)
         return False
+
+
+def _no_view(value: Any) -> Any:
+    """The same, but for a view a tensor of its own on the same memory: torch compiles code of their own for views."""
+    return value.detach() if isinstance(value, torch.Tensor) and value._is_view() else value
 
 
 def _name(block: nn.Module) -> str:
