@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 import subprocess
 import sys
 import time
@@ -16,8 +17,8 @@ from PIL import Image
 
 import handler
 from bench.gpu import __main__ as command
+from bench.gpu import mixed, utilisation
 from bench.gpu import runner as runner_module
-from bench.gpu import utilisation
 from bench.gpu.child import measured
 from bench.gpu.figures import FIGURES, PROCESSES, Figure, Goal, chosen
 from bench.gpu.plots import PLOTS, draw_all
@@ -25,6 +26,7 @@ from bench.gpu.runner import Runner
 from bench.gpu.store import FAILED, OK, Store
 from bench.gpu.suite import files_with_gpu_tests, measure
 from bench.gpu.summary import summary
+from schemas import validate_request
 from tests.support.readme import ROOT
 
 FACTS: dict[str, Any] = {
@@ -85,6 +87,9 @@ def test_what_takes_far_too_long_is_ended(store: Store, tmp_path: Path, monkeypa
     found = store.current("endless")
     assert found is not None
     assert found["error"].startswith("took longer than")
+    _, process = (tmp_path / "log").read_text().split()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(process), 0)
 
 
 def test_what_does_not_fit_is_owed(store: Store, tmp_path: Path):
@@ -154,6 +159,7 @@ def test_figures_run_on_the_tiny_model_and_are_drawn(pipeline: Any, store: Store
 
 def test_what_cannot_be_drawn_is_told(store: Store, tmp_path: Path):
     store.write(dataclasses.replace(FIGURES[0], name="handler"), OK, 1, {}, result={"no": "such"})
+    store.write(dataclasses.replace(FIGURES[0], name="memory"), FAILED, 1, {}, error="it broke")
     told: list[str] = []
     assert draw_all(store.folder, told.append) == []
     assert told == ["    handler: not drawn: KeyError: 'stages_ms'"]
@@ -231,3 +237,14 @@ def test_the_wheels_have_what_the_worker_imports():
     there = {"torch", "transformers", "accelerate", "peft", "safetensors", "huggingface_hub", "requests", "urllib3"}
     there |= {"filelock", "tqdm", "aiohttp", "numpy", "scipy", "pillow", "triton"}
     assert names("requirements.txt") - names("bench/gpu/wheels.txt") <= there
+
+
+def test_the_mixed_run_is_of_good_jobs_of_all_sorts():
+    made = mixed.jobs(50)
+    assert made == mixed.jobs(50)
+    requests = [validate_request(fields) for fields in made]
+    assert sum(bool(request.loras) for request in requests) == 25
+    assert {len(request.loras) for request in requests} == {0, 1, 2, 4}
+    assert sum(fields.get("strength") == 0.6 for fields in made) == 12
+    for name, least in (("width", 4), ("num_inference_steps", 4), ("scheduler", 5), ("guidance_scale", 2)):
+        assert len({fields[name] for fields in made}) >= least, name

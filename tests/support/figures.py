@@ -29,8 +29,9 @@ def dead(_pipeline: Any, options: argparse.Namespace) -> dict[str, Any]:
     os._exit(3)
 
 
-def endless(_pipeline: Any, _options: argparse.Namespace) -> dict[str, Any]:
+def endless(_pipeline: Any, options: argparse.Namespace) -> dict[str, Any]:
     """Never comes back."""
+    _ran(options)
     threading.Event().wait()
     return {}
 
