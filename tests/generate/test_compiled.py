@@ -175,16 +175,18 @@ def test_a_folder_that_takes_nothing_gives_way_to_a_local_one(caplog, monkeypatc
 def test_forms_beyond_the_limit_of_graphs_are_drawn_as_written(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
-    """Two are compiled of the three that the request wants, where torch allows one: also in a thread that nobody has
-    told so. The rest stays compiled."""
-    monkeypatch.setattr(compiled, "_MOST_GRAPHS", 2)
+    """One row for the UNet instead of two wants a graph of its own; the rest stays compiled.
+
+    Here one is the worker's limit, and none torch's, in a thread that nobody has told otherwise.
+    """
+    monkeypatch.setattr(compiled, "_MOST_GRAPHS", 1)
     without_guidance = dataclasses.replace(REQUEST, guidance_scale=1.0)
     pipeline = tiny("cpu")
     (plain,) = render(pipeline, without_guidance)
     compiled.compile_in_place(pipeline, "eager")
 
     def draw() -> Image.Image:
-        with torch._dynamo.config.patch(recompile_limit=1):
+        with torch._dynamo.config.patch(recompile_limit=0):
             render(pipeline, REQUEST)
             return render(pipeline, without_guidance)[0]
 
@@ -192,7 +194,7 @@ def test_forms_beyond_the_limit_of_graphs_are_drawn_as_written(
         drawn = thread.submit(draw).result()
     assert np.abs(np.asarray(plain).astype(int) - np.asarray(drawn)).max() <= 1
     assert compiled.is_compiled(pipeline)
-    assert graphs() == 2
+    assert graphs() == 1
     assert caplog.text.count("too many forms of BasicTransformerBlock") == 1
 
 
