@@ -215,6 +215,8 @@ class Worker:
         pipeline = self.pipeline
         if request.inspect_prompt:
             return inspected(request, pipeline, self.assets, run)
+        # Before anything is read for it: page-locked memory is not to be had of a lost device either.
+        self.health.check()
         prepared = prepare(request, pipeline, self.assets, lambda: self.engine_of(pipeline), run)
         pictures, applied = self._draw(pipeline, prepared, run)
         answer = {"images": [""] * len(pictures), "image_url": "", **prepared.facts(applied)}

@@ -212,6 +212,14 @@ def test_row_50_a_cuda_error_asks_for_a_fresh_worker_and_no_job_runs_here_any_mo
         assert answer["refresh_worker"] is True
 
 
+def test_nothing_is_read_for_a_job_that_comes_after_the_device_was_lost(worker, engine, monkeypatch):
+    """Page-locked memory is not to be had of it either, and the answer would be about that."""
+    failing_at_step(worker, monkeypatch, 1, RuntimeError("CUDA error: an illegal memory access was encountered"))
+    lost = worker.run(job())
+    monkeypatch.setattr(engine, "read", lambda _path: (_ for _ in ()).throw(MemoryError()))
+    assert worker.run({"input": WITH_LORA}) == lost
+
+
 def test_a_failed_restore_asks_for_a_fresh_worker(worker, engine, monkeypatch):
     def lost() -> None:
         raise RestoreFailed("lost")

@@ -124,7 +124,7 @@ def test_a_job_that_is_cancelled_while_it_waits_lets_its_copy_go(worker, sender)
 
 
 def test_a_job_that_fails_at_its_turn_lets_its_copy_go(worker, sender, monkeypatch):
-    monkeypatch.setattr(worker.health, "check", lambda: (_ for _ in ()).throw(RuntimeError("CUDA error: lost")))
+    monkeypatch.setattr(worker.health, "watch", lambda: (_ for _ in ()).throw(RuntimeError("CUDA error: lost")))
     assert worker.run(JOB)["error"].startswith("DEVICE_FAILED: ")
     assert (len(sender.transfers), sender.alive) == (1, 0)
 
