@@ -21,7 +21,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench.gpu.figures import DRY_SECONDS, Figure, chosen
+from bench.gpu.figure import DRY_SECONDS, Figure
+from bench.gpu.figures import chosen
 from bench.gpu.store import FAILED, OK, Store, commit, default_folder, source_hash
 from bench.report import machine, table
 

@@ -1,64 +1,13 @@
 """The figures: what is measured, in which sort of process, how long it takes about, and what is wanted of it.
 
-Pure data: nothing here imports torch. A `measure` is `module:function`, called as function(pipeline, options) -> dict
-in a child process; a GROUP's figures share one such process and its pipeline.
+In the order in which they are measured: what matters most first, and a group's figures one after the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Any
+from collections.abc import Sequence
 
-# Groups, in the order in which they are measured. The first has no pipeline of its own: what it measures starts
-# processes itself.
-PROCESSES, PLAIN, COMPILED = "processes", "plain", "compiled"
-# What a dry run's figure takes about.
-DRY_SECONDS = 30.0
-
-
-@dataclass(frozen=True)
-class Goal:
-    """A number in the result, found by its keys, and the limit that it should keep."""
-
-    what: str
-    keys: tuple[str, ...]
-    at_most: float | None = None
-    at_least: float | None = None
-
-    def value(self, result: Mapping[str, Any]) -> float | None:
-        """The number that was measured; None where there is none."""
-        found: Any = result
-        for key in self.keys:
-            found = found.get(key) if isinstance(found, Mapping) else None
-        return found if isinstance(found, int | float) else None
-
-    def is_met(self, value: float) -> bool:
-        """True when `value` keeps the limit."""
-        return (self.at_most is None or value <= self.at_most) and (self.at_least is None or value >= self.at_least)
-
-    @property
-    def limit(self) -> str:
-        """The limit in words; empty for a number that is only told."""
-        if self.at_most is not None:
-            return f"at most {self.at_most:g}"
-        return f"at least {self.at_least:g}" if self.at_least is not None else ""
-
-
-@dataclass(frozen=True)
-class Figure:
-    """`seconds` is about what it takes on an H100, `full` and `dry` the options for full-size and dry runs."""
-
-    name: str
-    title: str
-    group: str
-    measure: str
-    seconds: float
-    full: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-    dry: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-    goals: tuple[Goal, ...] = ()
-
+from bench.gpu.figure import COMPILED, PLAIN, PROCESSES, Figure, Goal
 
 _PICTURE = {"size": 1024, "steps": 28}
 _SMALL = {"size": 64, "steps": 2}
@@ -101,35 +50,6 @@ FIGURES: tuple[Figure, ...] = (
         (Goal("handler / bare diffusers", ("ratio",), at_most=1.02),),
     ),
     Figure(
-        "memory",
-        "peak memory of requests, beside the weights",
-        PLAIN,
-        "bench.gpu.memory:measure",
-        15,
-        {"size": 1024, "steps": 2},
-        _SMALL,
-    ),
-    Figure(
-        "steps",
-        "what waiting for the device costs a step, by sampler, and what previews cost",
-        PLAIN,
-        "bench.steps:run_on",
-        60,
-        {
-            "size": 512,
-            "steps": 12,
-            "repeats": 3,
-            "samplers": ["K_EULER", "PNDM", "DDIM", "DDPM", "UniPC", "SA-Solver", "LCM", "TCD"],
-        },
-        {**_SMALL, "repeats": 1, "samplers": ["K_EULER", "UniPC"]},
-        (
-            Goal("K_EULER / with diffusers' schedule", ("samplers", "K_EULER", "ratio", "median"), at_most=1.02),
-            Goal("UniPC / with diffusers' schedule", ("samplers", "UniPC", "ratio", "median"), at_most=1.02),
-            Goal("with previews / without", ("previews", "colours", "ratio", "median"), at_most=1.02),
-            Goal("with previews of a VAE / without", ("previews", "vae", "ratio", "median")),
-        ),
-    ),
-    Figure(
         "switching",
         "LoRAs applied and restored, against stock load and unload",
         PLAIN,
@@ -149,20 +69,13 @@ FIGURES: tuple[Figure, ...] = (
         ),
     ),
     Figure(
-        "merge_kernel",
-        "merging alone: the kernel, its tiles, torch weight by weight, against copying the weights once",
+        "memory",
+        "peak memory of requests, beside the weights",
         PLAIN,
-        "bench.merge_kernel:run_on",
-        35,
-        {"repeats": 4, "counts": [1, 2, 4]},
-        {"repeats": 1, "counts": [1]},
-        (
-            _BITS_KEPT,
-            *(
-                Goal(f"merging / one copy, LoRAs: {count}", ("cases", "kernel", count, "copy_ratio", "median"), 3)
-                for count in _COUNTS
-            ),
-        ),
+        "bench.gpu.memory:measure",
+        15,
+        {"size": 1024, "steps": 2},
+        _SMALL,
     ),
     Figure(
         "lora_layers",
@@ -172,16 +85,6 @@ FIGURES: tuple[Figure, ...] = (
         30,
         {"repeats": 4, "counts": [1, 2, 4], "shares": [0.1, 0.25, 0.5, 1.0]},
         {"repeats": 1, "counts": [1, 2], "shares": [0.5, 1.0]},
-        (_BITS_KEPT,),
-    ),
-    Figure(
-        "lora_ranks",
-        "a switch by the LoRA's rank",
-        PLAIN,
-        "bench.lora_costs:ranks_on",
-        30,
-        {"repeats": 4, "ranks": [4, 16, 32, 64, 128, 256]},
-        {"repeats": 1, "ranks": [4, 8]},
         (_BITS_KEPT,),
     ),
     Figure(
@@ -201,14 +104,24 @@ FIGURES: tuple[Figure, ...] = (
         ),
     ),
     Figure(
-        "lora_convolutions",
-        "merging into channels_last convolutions / contiguous ones",
+        "lora_ranks",
+        "a switch by the LoRA's rank",
         PLAIN,
-        "bench.lora_costs:convolutions_on",
-        5,
-        {"repeats": 7, "convolution": [640, 640, 3, 3]},
-        {"repeats": 1, "convolution": [16, 8, 3, 3]},
-        (Goal("merging, channels_last / contiguous", ("ratio", "median"), at_most=1.1),),
+        "bench.lora_costs:ranks_on",
+        30,
+        {"repeats": 4, "ranks": [4, 16, 32, 64, 128, 256]},
+        {"repeats": 1, "ranks": [4, 8]},
+        (_BITS_KEPT,),
+    ),
+    Figure(
+        "utilisation",
+        "device busy over a mixed run with WORKER_CONCURRENCY=2",
+        PROCESSES,
+        "bench.gpu.utilisation:measure",
+        110,
+        {"jobs": 50, "shrink": 1},
+        {"jobs": 6, "shrink": 16},
+        (Goal("device busy over the mixed run, percent", ("busy_percent",), at_least=95),),
     ),
     Figure(
         "cold_start",
@@ -241,7 +154,7 @@ FIGURES: tuple[Figure, ...] = (
         "each setting's speed and pixels, against worker-sdxl's set-up",
         COMPILED,
         "bench.rendering:run_on",
-        130,
+        180,
         {**_PICTURE, "repeats": 2, "backend": "inductor", "parts": ["table", "switch"]},
         {**_SMALL, "repeats": 1, "backend": "eager", "parts": ["table", "switch"]},
         (
@@ -264,14 +177,50 @@ FIGURES: tuple[Figure, ...] = (
         ),
     ),
     Figure(
-        "utilisation",
-        "device busy over a mixed run with WORKER_CONCURRENCY=2",
-        PROCESSES,
-        "bench.gpu.utilisation:measure",
-        120,
-        {"jobs": 50, "shrink": 1},
-        {"jobs": 6, "shrink": 16},
-        (Goal("device busy over the mixed run, percent", ("busy_percent",), at_least=95),),
+        "merge_kernel",
+        "merging alone, files on the device: kernel, tiles and torch / copying the weights once",
+        PLAIN,
+        "bench.merge_kernel:run_on",
+        30,
+        {"repeats": 5, "counts": ["1", "2", "4"]},
+        {"repeats": 1, "counts": ["1", "2"]},
+        (
+            _BITS_KEPT,
+            *(
+                Goal(f"merging / copying once, LoRAs: {count}", ("cases", "kernel", count, "copy_ratio", "median"))
+                for count in _COUNTS
+            ),
+        ),
+    ),
+    Figure(
+        "steps",
+        "what waiting for the device costs a step, by sampler, and what previews cost",
+        PLAIN,
+        "bench.steps:run_on",
+        60,
+        {
+            "size": 512,
+            "steps": 12,
+            "repeats": 3,
+            "samplers": ["K_EULER", "PNDM", "DDIM", "DDPM", "UniPC", "SA-Solver", "LCM", "TCD"],
+        },
+        {**_SMALL, "repeats": 1, "samplers": ["K_EULER", "UniPC"]},
+        (
+            Goal("K_EULER / with diffusers' schedule", ("samplers", "K_EULER", "ratio", "median"), at_most=1.02),
+            Goal("UniPC / with diffusers' schedule", ("samplers", "UniPC", "ratio", "median"), at_most=1.02),
+            Goal("with previews / without", ("previews", "colours", "ratio", "median"), at_most=1.02),
+            Goal("with previews of a VAE / without", ("previews", "vae", "ratio", "median")),
+        ),
+    ),
+    Figure(
+        "lora_convolutions",
+        "merging into channels_last convolutions / contiguous ones",
+        PLAIN,
+        "bench.lora_costs:convolutions_on",
+        5,
+        {"repeats": 7, "convolution": [640, 640, 3, 3]},
+        {"repeats": 1, "convolution": [16, 8, 3, 3]},
+        (Goal("merging, channels_last / contiguous", ("ratio", "median"), at_most=1.1),),
     ),
 )
 

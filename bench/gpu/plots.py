@@ -162,6 +162,16 @@ def _compile_cache(axes: Any, result: Mapping[str, Any]) -> None:
     _stacks(axes, {name: {stage: start[stage] for stage in stages} for name, start in result["starts"].items()})
 
 
+def _merge_kernel(axes: Any, result: Mapping[str, Any]) -> None:
+    cases = {name: case["1"]["copy_ratio"]["median"] for name, case in result["cases"].items()}
+    _bars(axes, cases, "merging one LoRA / copying the weights once")
+
+
+def _steps(axes: Any, result: Mapping[str, Any]) -> None:
+    ratios = {name: sampler["ratio"]["median"] for name, sampler in result["samplers"].items()}
+    _bars(axes, ratios, "time of a picture / that with diffusers' schedule")
+
+
 def _cold_start(axes: Any, result: Mapping[str, Any]) -> None:
     beside = ("total", "processor")
     stages = {
@@ -187,6 +197,8 @@ PLOTS: Mapping[str, Draw] = {
     "lora_ranks": _ranks,
     "lora_formats": _formats,
     "cold_start": _cold_start,
+    "merge_kernel": _merge_kernel,
+    "steps": _steps,
     "rendering": _rendering,
     "images_per_second": _images,
     "compile_cache": _compile_cache,

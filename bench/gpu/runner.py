@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.gpu.figures import COMPILED, DRY_SECONDS, PROCESSES, Figure
+from bench.gpu.figure import COMPILED, DRY_SECONDS, PROCESSES, Figure
 from bench.gpu.store import FAILED, OK, ROOT, Store
 
 # Starting a child: imports, and random weights on the device.

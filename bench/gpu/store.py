@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.gpu.figures import Figure
+from bench.gpu.figure import Figure
 from bench.report import RESULTS, write_result
 
 ROOT = Path(__file__).parents[2]

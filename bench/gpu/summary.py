@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from bench.gpu.figures import Figure
+from bench.gpu.figure import Figure
 from bench.gpu.store import OK, Store
 from bench.report import table
 

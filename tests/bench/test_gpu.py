@@ -20,7 +20,8 @@ from bench.gpu import __main__ as command
 from bench.gpu import mixed, utilisation
 from bench.gpu import runner as runner_module
 from bench.gpu.child import measured
-from bench.gpu.figures import FIGURES, PROCESSES, Figure, Goal, chosen
+from bench.gpu.figure import PROCESSES, Figure, Goal
+from bench.gpu.figures import FIGURES, chosen
 from bench.gpu.plots import PLOTS, draw_all
 from bench.gpu.runner import Runner
 from bench.gpu.store import FAILED, OK, Store
