@@ -290,7 +290,7 @@ def summary(results: dict[str, Any]) -> str:
         goal, picture = results["table"]["goal"], results["table"]["picture"]
         said.append(table(HEADER, lines(results)))
         said.append(
-            f"goal, {goal['setting']} {goal['ratio']} times as fast within {goal['difference']} of 255: "
+            f"goal on a GPU, {goal['setting']} {goal['ratio']} times as fast within {goal['difference']} of 255: "
             f"{'reached' if goal['reached'] else 'not reached'}; pictures deviate by {picture['deviation']:.0f}, and "
             f"another prompt's by {picture['another_prompt']['mean']:.1f} of 255 on average"
         )
