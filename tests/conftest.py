@@ -19,8 +19,25 @@ from sdxl_worker.lora.engine import LoraEngine
 torch.set_num_threads(1)
 
 
+# Files with few tests that take longest, by far.
+SLOW = (
+    "tests/integration/test_job_loop.py",
+    "tests/generate/test_compiled.py",
+    "tests/integration/test_fleet.py",
+    "tests/soak/",
+    "tests/hostile/",
+    "tests/gpu/",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Files go to xdist's processes in the order below: by itself it would keep those with few tests for the end."""
+    config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """GPU tests skip where there is none."""
+    """What takes long comes first, so that processes side by side end together; GPU tests skip where there is none."""
+    items.sort(key=lambda item: not item.nodeid.startswith(SLOW))
     if torch.cuda.is_available():
         return
     for item in items:
