@@ -21,7 +21,7 @@ from bench.gpu import mixed, utilisation
 from bench.gpu import runner as runner_module
 from bench.gpu.child import measured
 from bench.gpu.figure import PROCESSES, Figure, Goal
-from bench.gpu.figures import FIGURES, chosen
+from bench.gpu.figures import COMPILING_TESTS, FIGURES, chosen
 from bench.gpu.plots import PLOTS, draw_all
 from bench.gpu.runner import Runner
 from bench.gpu.store import FAILED, OK, Store
@@ -209,7 +209,10 @@ def test_the_table_of_figures_is_sound():
         assert (ROOT / f"{module.replace('.', '/')}.py").exists(), each.name
         assert function
         assert set(each.full) == set(each.dry), each.name
-    assert "tests/lora/test_merge.py" in files_with_gpu_tests()
+    files = files_with_gpu_tests()
+    assert "tests/lora/test_merge.py" in files
+    assert set(COMPILING_TESTS) < set(files)
+    assert files.index("tests/lora/test_merge.py") < files.index("tests/generate/test_load.py")
     with pytest.raises(ValueError, match="no figure is called nonsense"):
         chosen(["handler", "nonsense"])
 
