@@ -232,15 +232,19 @@ def test_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Pat
 
 
 def test_the_wheels_have_what_the_worker_imports():
-    """What requirements.txt pins comes along, or is among what a machine for PyTorch has."""
+    """What requirements.txt pins comes along, or is among what a machine for PyTorch has; no pin is another one."""
 
-    def names(file: str) -> set[str]:
-        lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
-        return {line.partition("#")[0].partition("==")[0].strip().lower() for line in lines} - {""}
+    def pins(file: str) -> dict[str, str]:
+        lines = (line.partition("#")[0].strip() for line in (ROOT / file).read_text(encoding="utf-8").splitlines())
+        return {name.lower(): pin for name, _, pin in (line.partition("==") for line in lines if line)}
 
     there = {"torch", "transformers", "accelerate", "peft", "safetensors", "huggingface_hub", "requests", "urllib3"}
     there |= {"filelock", "tqdm", "aiohttp", "numpy", "scipy", "pillow", "triton"}
-    assert names("requirements.txt") - names("bench/gpu/wheels.txt") <= there
+    wheels, worker, tests = (
+        pins(file) for file in ("bench/gpu/wheels.txt", "requirements.txt", "requirements-dev.txt")
+    )
+    assert worker.keys() - wheels.keys() <= there
+    assert {name: pin for name, pin in wheels.items() if pin}.items() <= tests.items()
 
 
 def test_the_mixed_run_is_of_good_jobs_of_all_sorts():
