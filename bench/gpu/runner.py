@@ -77,6 +77,9 @@ class Child:
 
     def stop(self) -> None:
         """End it and all that it has started."""
+        for process in (*_started_by(self._process.pid), self._process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -196,6 +199,19 @@ class Runner:
     def _tell(self, number: int, figures: Sequence[Figure], text: str) -> None:
         spent = time.monotonic() - self._started
         self._say(f"[{number}/{len(figures)}  {_clock(spent)} of {_clock(self._seconds)}] {text}")
+
+
+def _started_by(process: int) -> list[int]:
+    """All that have come of it: real workers are in sessions of their own, and would keep the GPU busy."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            # The name, in parentheses, may hold anything.
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    found = [process]
+    for one in found:
+        found += [child for child, parent in parents.items() if parent == one]
+    return found[1:]
 
 
 def _clock(seconds: float) -> str:

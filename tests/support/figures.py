@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -30,12 +32,14 @@ def dead(_pipeline: Any, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def endless(_pipeline: Any, options: argparse.Namespace) -> dict[str, Any]:
-    """Never comes back."""
+    """Never comes back, nor does the worker that it has started."""
     _ran(options)
+    worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+    _ran(options, worker.pid)
     threading.Event().wait()
     return {}
 
 
-def _ran(options: argparse.Namespace) -> None:
+def _ran(options: argparse.Namespace, process: int = 0) -> None:
     with Path(options.log).open("a") as log:
-        log.write(f"{options.name} {os.getpid()}\n")
+        log.write(f"{options.name} {process or os.getpid()}\n")
