@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.integration.conftest import ENDLESS, SMALL, Workers
+from tests.integration.hasty_worker import SCRIPT
 from tests.integration.queue_server import PATIENCE, QueueServer
 from tests.integration.worker_process import WorkerProcess
 from tests.support.http_server import FileServer, held
@@ -43,7 +44,12 @@ class Fleet:
 def fleet(queue: QueueServer, workers: Workers) -> Fleet:
     """All workers up: each has rendered once."""
     # RUNPOD_ENDPOINT_ID makes the SDK log as it does on RunPod.
-    more = {"w1": {"LORA_PRELOAD": "tiny-example, not-there"}, "w4": {"RUNPOD_ENDPOINT_ID": "endpoint"}}
+    more = {
+        "w1": {"LORA_PRELOAD": "tiny-example, not-there"},
+        # Its answer is refused three times, and the SDK would pause between.
+        "w3": {"script": SCRIPT},
+        "w4": {"RUNPOD_ENDPOINT_ID": "endpoint"},
+    }
     fleet = Fleet({name: workers.start(name, **more.get(name, {})) for name in NAMES})
     for job_id in [queue.submit(SMALL, worker=name) for name in NAMES]:
         queue.answer(job_id)
