@@ -12,6 +12,7 @@ import pytest
 
 from bench import cold_start
 from bench.cold_start import Setting, measure, report, run_on
+from tests.integration.worker_process import WorkerProcess
 
 LOG = """
 INFO   | sdxl_worker.worker: ready after 4.50 s: imports 3.00, base model 1.00, LoRAs 0.50
@@ -88,3 +89,12 @@ def test_stages_come_from_the_workers_own_lines():
     expected = {"imports": 3.0, "model": 1.0, "loras": 0.5, "fitness": 0.25, "job_beside": 0.005}
     expected |= {"picture": 1.0, "encoding": 0.02, "rest": 0.225, "total": 6.0}
     assert stages == pytest.approx(expected)
+
+
+def test_processes_find_what_the_machine_has_on_its_path(tmp_path: Path):
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "carried_along.py").write_text("")
+    script = "import carried_along, handler"
+    with WorkerProcess(tmp_path / "log", {"PYTHONPATH": str(site)}, script=script) as process:
+        assert process.exit_status() == 0, process.text

@@ -47,11 +47,13 @@ class WorkerProcess:
     def __init__(self, log: Path, environment: dict[str, str], *arguments: str, script: str = "") -> None:
         self.log = log
         program = ["-c", script] if script else [str(ROOT / "handler.py")]
+        # Beside what the machine has there: without a network its packages may be.
+        path = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
         with log.open("wb") as output:
             self.process = subprocess.Popen(
                 [sys.executable, *program, *arguments],
                 cwd=log.parent,
-                env={**environment, "PYTHONPATH": str(ROOT)},
+                env={**environment, "PYTHONPATH": path},
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
