@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu.figure import COMPILED, DRY_SECONDS, PROCESSES, Figure
+from bench.gpu.processes import end_with_all_started
 from bench.gpu.store import FAILED, OK, ROOT, Store
 
 # Starting a child: imports, and random weights on the device.
@@ -27,6 +28,8 @@ START_SECONDS = 30.0
 # A figure may take this many times its estimate, and this many seconds more, before it is taken for hanging.
 PATIENCE_TIMES, PATIENCE_SECONDS, DRY_PATIENCE_SECONDS = 3.0, 60.0, 300.0
 LOG_TAIL = 4000
+# What has a limit of its own is to reach that so many seconds before, and to tell what it has until then.
+TELLING_SECONDS = 30.0
 # What one figure compiles, to measure how long that takes, the others need not compile again.
 COMPILED_CODE = str(Path(tempfile.gettempdir()) / "bench-gpu-compiled")
 
@@ -77,9 +80,7 @@ class Child:
 
     def stop(self) -> None:
         """End it and all that it has started."""
-        for process in (*_started_by(self._process.pid), self._process.pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
+        end_with_all_started(self._process.pid)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -160,7 +161,10 @@ class Runner:
             if child is None:
                 child = self._start(figure)
                 started = time.monotonic()
-            result = child.measure(figure, options, self._patience(self.estimate(figure)))
+            patience = self._patience(self.estimate(figure))
+            if "limit_s" in options:
+                options["limit_s"] = max(1.0, min(options["limit_s"], patience - TELLING_SECONDS))
+            result = child.measure(figure, options, patience)
         except ChildError as error:
             if child is not None:
                 child.stop()
@@ -199,19 +203,6 @@ class Runner:
     def _tell(self, number: int, figures: Sequence[Figure], text: str) -> None:
         spent = time.monotonic() - self._started
         self._say(f"[{number}/{len(figures)}  {_clock(spent)} of {_clock(self._seconds)}] {text}")
-
-
-def _started_by(process: int) -> list[int]:
-    """All that have come of it: real workers are in sessions of their own, and would keep the GPU busy."""
-    parents = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            # The name, in parentheses, may hold anything.
-            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
-    found = [process]
-    for one in found:
-        found += [child for child, parent in parents.items() if parent == one]
-    return found[1:]
 
 
 def _clock(seconds: float) -> str:

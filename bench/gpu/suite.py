@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -14,9 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu.figures import COMPILING_TESTS
+from bench.gpu.processes import end_with_all_started
 from bench.gpu.store import ROOT
 
 TAIL = 2000
+# Seconds for the report, once pytest was interrupted.
+REPORT_S = 20.0
+# Where this runs in a shell's background, SIGINT is ignored, and Python would leave it so.
+_PYTEST = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+import pytest
+sys.exit(pytest.main(sys.argv[1:]))
+"""
 _LAST = ("tests/bench/", "tests/generate/")
 
 
@@ -34,24 +46,43 @@ def measure(_pipeline: Any, options: argparse.Namespace) -> dict[str, Any]:
     """
     files = options.files or [file for file in files_with_gpu_tests() if file not in COMPILING_TESTS]
     with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-vv", "-p", "no:cacheprovider", "--color=no"]
+        report, log = Path(folder) / "report.xml", Path(folder) / "log"
+        command = [sys.executable, "-c", _PYTEST, "-m", "gpu", "-vv", "-p", "no:cacheprovider", "--color=no"]
         command += ["--continue-on-collection-errors", f"--junitxml={report}", *files]
         started = time.perf_counter()
-        try:
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=options.limit_s)
-            status, output = str(done.returncode), done.stdout + done.stderr
-        except subprocess.TimeoutExpired as error:
-            status, output = f"stopped after {options.limit_s} s", _text(error.stdout) + _text(error.stderr)
+        status = _status(command, log, options.limit_s)
         seconds = time.perf_counter() - started
+        output = log.read_text(encoding="utf-8", errors="replace")
         counts = _reported(report) if report.exists() else _told(output)
+        if not report.exists() or status.startswith("stopped"):
+            # What it did not come to is one more failure.
+            counts["failures"].append({"test": _last_begun(output), "message": "pytest did not come to its end here"})
+            counts["failed"] += 1
     return {"status": status, "pytest_s": seconds, "files": files, **counts, "output": output[-TAIL:]}
+
+
+def _status(command: list[str], log: Path, limit_s: float) -> str:
+    """How it ended; at the limit it is interrupted as with Ctrl-C, upon which pytest writes its report."""
+    with log.open("wb") as output, subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output) as process:
+        try:
+            return str(process.wait(limit_s))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(REPORT_S)
+            return f"stopped after {limit_s:.0f} s"
+        finally:
+            if process.poll() is None:
+                end_with_all_started(process.pid)
 
 
 def _reported(report: Path) -> dict[str, Any]:
     counts: dict[str, Any] = {"passed": 0, "failed": 0, "skipped": 0}
     failures, seconds = [], {}
     for case in ElementTree.parse(report).iter("testcase"):
+        if case.get("name") is None:
+            # The one that was interrupted.
+            continue
         name = f"{case.get('classname')}::{case.get('name')}"
         seconds[name] = float(case.get("time", 0))
         broken = [child for child in case if child.tag in ("failure", "error")]
@@ -64,14 +95,13 @@ def _reported(report: Path) -> dict[str, Any]:
 
 
 def _told(output: str) -> dict[str, Any]:
-    """From what pytest has written, where it did not come to its end: that is one more failure."""
+    """From what pytest has written, where there is no report."""
     outcomes = re.findall(r"^(\S+::.*) (PASSED|FAILED|ERROR|SKIPPED)\b", output, re.MULTILINE)
     counts = Counter(outcome for _, outcome in outcomes)
     failures = [{"test": name, "message": ""} for name, outcome in outcomes if outcome in ("FAILED", "ERROR")]
-    begun = re.findall(r"^(\S+::\S+)", output, re.MULTILINE)
-    failures.append({"test": begun[-1] if begun else "", "message": "pytest did not come to its end here"})
     return {"passed": counts["PASSED"], "failed": len(failures), "skipped": counts["SKIPPED"], "failures": failures}
 
 
-def _text(output: Any) -> str:
-    return output.decode("utf-8", "replace") if isinstance(output, bytes) else output or ""
+def _last_begun(output: str) -> str:
+    begun = re.findall(r"^(\S+\.py::\S+)", output, re.MULTILINE)
+    return begun[-1] if begun else ""

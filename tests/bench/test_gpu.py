@@ -16,7 +16,7 @@ from PIL import Image
 
 import handler
 from bench.gpu import __main__ as command
-from bench.gpu import mixed, utilisation
+from bench.gpu import mixed, suite, utilisation
 from bench.gpu import runner as runner_module
 from bench.gpu.child import measured
 from bench.gpu.figure import PROCESSES, Figure, Goal
@@ -98,6 +98,15 @@ def test_what_takes_far_too_long_is_ended(store: Store, tmp_path: Path, monkeypa
     processes = [line.split()[1] for line in (tmp_path / "log").read_text().splitlines()]
     assert len(processes) == 2
     assert not [process for process in processes if is_alive(process)]
+
+
+def test_what_has_a_limit_reaches_it_before_the_time_is_used_up(store: Store, tmp_path: Path):
+    limited = figure("good", tmp_path / "log")
+    limited = dataclasses.replace(limited, dry={**limited.dry, "limit_s": 100})
+    run(store, [limited], minutes=1)
+    found = store.current("good")
+    assert found is not None
+    assert 20 < found["options"]["limit_s"] <= 30
 
 
 def test_what_does_not_fit_is_owed(store: Store, tmp_path: Path):
@@ -188,16 +197,54 @@ def test_the_gpu_tests_are_counted(tmp_path: Path):
     ]
 
 
-def test_gpu_tests_that_hang_leave_what_was_told_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def stopped(*_: object, timeout: float, **__: object) -> None:
-        told = b"a.py::test_1[a b] PASSED [ 25%]\na.py::test_2 FAILED [ 50%]\na.py::test_3 SKIPPED (no)\na.py::test_4 "
-        raise subprocess.TimeoutExpired("pytest", timeout, output=told)
+HANGING = """
+import pytest, signal, subprocess, time
+MARK
+def test_good(): pass
+MARK
+def test_bad(): assert 1 == 2
+MARK
+def test_left_out(): pytest.skip("no")
+MARK
+def test_hangs():
+    worker = subprocess.Popen(["sleep", "600"], start_new_session=True)
+    try:
+        if HARD:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        open("LOG", "w").write(f"{worker.pid} ")
+        time.sleep(600)
+    finally:
+        worker.kill()
+MARK
+def test_not_begun(): pass
+"""
 
-    monkeypatch.setattr(subprocess, "run", stopped)
-    found = measure(None, command.argparse.Namespace(files=["a.py"], limit_s=100))
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_gpu_tests_that_hang_leave_what_came_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hard: bool):
+    """At the limit pytest reports what has failed; where it does not end, what it wrote says which. No worker stays."""
+    file, log = tmp_path / "test_some.py", tmp_path / "worker"
+    source = HANGING.replace("MARK", "@pytest.mark." + "gpu").replace("HARD", str(hard))
+    file.write_text(source.replace("LOG", str(log)))
+
+    class Limited(subprocess.Popen):
+        def wait(self, timeout: float | None = None) -> int:
+            if timeout == 100:
+                while not (log.exists() and log.read_text().endswith(" ")):
+                    time.sleep(0.05)
+                raise subprocess.TimeoutExpired("pytest", timeout)
+            return super().wait(timeout)
+
+    monkeypatch.setattr(subprocess, "Popen", Limited)
+    monkeypatch.setattr(suite, "REPORT_S", 0.5 if hard else 20.0)
+    found = measure(None, command.argparse.Namespace(files=[str(file)], limit_s=100))
     assert (found["passed"], found["failed"], found["skipped"]) == (1, 2, 1)
-    assert [each["test"] for each in found["failures"]] == ["a.py::test_2", "a.py::test_4"]
+    assert [(each["test"].rpartition("::")[2], each["message"]) for each in found["failures"]] == [
+        ("test_bad", "" if hard else "assert 1 == 2"),
+        ("test_hangs", "pytest did not come to its end here"),
+    ]
     assert found["status"] == "stopped after 100 s"
+    assert not is_alive(log.read_text().strip())
 
 
 def test_what_nvidia_smi_says_is_read():
@@ -236,6 +283,27 @@ def test_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Pat
     for wrong in (["--only", "nonsense"], ["--again", "nonsense"]):
         with pytest.raises(SystemExit):
             called(*wrong)
+
+
+def test_results_go_where_out_says_and_another_call_goes_on_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    log, moved = tmp_path / "log", tmp_path / "moved"
+    monkeypatch.setattr(command, "chosen", lambda _names: [figure("good", log)])
+
+    def ran_with(out: Path) -> int:
+        log.write_text("")
+        monkeypatch.setattr(sys, "argv", ["bench.gpu", "--model", "tiny", "--device", "cpu", "--out", str(out)])
+        assert command.main() == 0
+        assert f"results: {out}" in capsys.readouterr().out
+        return len(log.read_text().splitlines())
+
+    monkeypatch.chdir(tmp_path)
+    assert ran_with(Path("results")) == 1
+    assert ran_with(tmp_path / "results") == 0
+    (tmp_path / "results").rename(moved)
+    assert ran_with(moved) == 0
+    assert sorted(path.name for path in moved.iterdir()) == ["good.json"]
 
 
 def test_the_wheels_have_what_the_worker_imports():
