@@ -85,7 +85,10 @@ def rows_for(pipeline: Any, compiled: Compiled) -> list[Row]:
     for fields in OPT_INS:
         if fields.keys() <= known:
             named = ", ".join(f"{name}={value}" for name, value in fields.items())
-            rows += [Row(named, fields=fields, once=True), Row(f"COMPILE=1, {named}", compiled.entered, fields)]
+            rows += [
+                Row(named, fields=fields, once=True),
+                Row(f"COMPILE=1, {named}", compiled.entered, fields, once=True),
+            ]
     return rows
 
 

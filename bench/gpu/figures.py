@@ -153,21 +153,11 @@ FIGURES: tuple[Figure, ...] = (
         ),
     ),
     Figure(
-        "tests_compiled",
-        "tests marked gpu of compiled code",
-        PROCESSES,
-        "bench.gpu.suite:measure",
-        150,
-        {"files": COMPILING_TESTS, "limit_s": 420},
-        {"files": ["tests/generate/test_load.py"], "limit_s": 240},
-        _TESTS,
-    ),
-    Figure(
         "rendering",
         "each setting's speed and pixels, against worker-sdxl's set-up",
         COMPILED,
         "bench.rendering:run_on",
-        180,
+        140,
         {**_PICTURE, "repeats": 2, "backend": "inductor", "parts": ["table", "switch"]},
         {**_SMALL, "repeats": 1, "backend": "eager", "parts": ["table", "switch"]},
         (
@@ -234,6 +224,16 @@ FIGURES: tuple[Figure, ...] = (
         {"repeats": 7, "convolution": [640, 640, 3, 3]},
         {"repeats": 1, "convolution": [16, 8, 3, 3]},
         (Goal("merging, channels_last / contiguous", ("ratio", "median"), at_most=1.1),),
+    ),
+    Figure(
+        "tests_compiled",
+        "tests marked gpu of compiled code",
+        PROCESSES,
+        "bench.gpu.suite:measure",
+        150,
+        {"files": COMPILING_TESTS, "limit_s": 420},
+        {"files": ["tests/generate/test_load.py"], "limit_s": 240},
+        _TESTS,
     ),
 )
 
