@@ -88,8 +88,8 @@ def main() -> int:
 
 def measure(figures: list[Figure], again: set[str], store: Store, minutes: float) -> int:
     """Measure what is missing, draw, and print the table; the exit status."""
-    from bench.gpu.plots import draw_all
     from bench.gpu.runner import Runner
+    from bench.plots import draw_all
 
     runner = Runner(store, minutes=minutes, dry_run=store.facts["dry_run"], say=_say)
     there = {figure.name: store.current(figure.name) for figure in figures}
@@ -110,7 +110,7 @@ def measure(figures: list[Figure], again: set[str], store: Store, minutes: float
 
 
 def _draw(folder: Path | None) -> int:
-    from bench.gpu.plots import draw_all
+    from bench.plots import draw_all
     from bench.report import RESULTS
 
     folders = [folder] if folder else sorted(path for path in (RESULTS / "gpu").glob("*") if path.is_dir())

@@ -21,11 +21,11 @@ from bench.gpu import runner as runner_module
 from bench.gpu.child import measured
 from bench.gpu.figure import PROCESSES, Figure, Goal
 from bench.gpu.figures import COMPILING_TESTS, FIGURES, chosen
-from bench.gpu.plots import PLOTS, draw_all
 from bench.gpu.runner import Runner
 from bench.gpu.store import FAILED, OK, Store
 from bench.gpu.suite import files_with_gpu_tests, measure
 from bench.gpu.summary import summary
+from bench.plots import PLOTS, draw_all
 from schemas import validate_request
 from tests.support.readme import ROOT
 
