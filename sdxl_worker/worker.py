@@ -10,23 +10,20 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL.Image import Image
-
 from sdxl_worker.assets.store import AssetStore
+from sdxl_worker.drawing import draw
 from sdxl_worker.errors import Cancelled, ModelUnavailable, OutOfMemory
 from sdxl_worker.generate.infotext import model_name
-from sdxl_worker.generate.prepare import Prepared, inspected, prepare
-from sdxl_worker.job_run import Denoising, JobRun, NoProgress, Progress
+from sdxl_worker.generate.prepare import inspected, prepare
+from sdxl_worker.job_run import JobRun, NoProgress, Progress
 from sdxl_worker.kinds import EMBEDDING, LORA
 from sdxl_worker.logs import current_job
 from sdxl_worker.lora.engine import AppliedLora, LoraEngine
 from sdxl_worker.lora.parsed import ParsedLora
 from sdxl_worker.lora.ready import make_ready
-from sdxl_worker.lora.schedule import LoraSchedule
 from sdxl_worker.memory import free_memory, import_libraries
 from sdxl_worker.prompts.lora_tags import with_lora_tags
 from sdxl_worker.request import GenerationRequest, LoraScale
@@ -46,8 +43,6 @@ from sdxl_worker.settings import Settings
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
-
-    from sdxl_worker.generate.previews import Previews
 
 
 logger = logging.getLogger(__name__)
@@ -218,7 +213,8 @@ class Worker:
         # Before anything is read for it: page-locked memory is not to be had of a lost device either.
         self.health.check()
         prepared = prepare(request, pipeline, self.assets, lambda: self.engine_of(pipeline), run)
-        pictures, applied = self._draw(pipeline, prepared, run)
+        engine = self.engine_of(pipeline) if prepared.loras else None
+        pictures, applied = draw(prepared, pipeline, engine, self.resident, self.health, run)
         answer = {"images": [""] * len(pictures), "image_url": "", **prepared.facts(applied)}
         warnings = prepared.warnings(applied)
         limit = self.answer_limit(run.job_id)
@@ -242,49 +238,7 @@ class Worker:
             request = dataclasses.replace(request, prompt_syntax=self.settings.prompt_syntax)
         return with_lora_tags(request)
 
-    def _draw(self, pipeline: Any, prepared: Prepared, run: JobRun) -> tuple[list[Image], list[AppliedLora]]:
-        """Render on the device, with the LoRAs merged in; all that this takes is undone in reverse whatever happens."""
-        from sdxl_worker.generate.render import render
-
-        request = prepared.request
-        on_step = functools.partial(_after_step, run, self.resident.previews if request.preview else None)
-        loras = LoraSchedule(self.engine_of(pipeline), prepared.loras, run) if prepared.loras else None
-        with ExitStack() as stack:
-            ahead = stack.enter_context(ExitStack())
-            if loras:
-                ahead.enter_context(loras.sent_ahead())
-            stack.enter_context(run.device())
-            stack.enter_context(self.health.watch())
-            # After a failure, before memory is freed and the device passed on.
-            stack.callback(ahead.close)
-            stack.enter_context(self.resident.attention())
-            # Before the LoRAs: the refiner, which gets none, shares the second text encoder.
-            refiner = self.resident.refiner
-            refining = refiner.ready_for(request, prepared.embeddings) if refiner else None
-            if loras:
-                stack.enter_context(run.timed(loras.merged(), "applying_loras", "restoring"))
-            # The files' copies have done their work, and rendering may need their memory.
-            ahead.close()
-            stack.enter_context(run.stage("denoising"))
-            stack.enter_context(self.health.rendering())
-            pictures = render(
-                pipeline,
-                request,
-                inputs=prepared.inputs,
-                on_step=on_step,
-                before_step=loras.before_step if loras else None,
-                embeddings=prepared.embeddings,
-                refining=refining,
-            )
-            return pictures, loras.applied if loras else []
-
 
 def _listed(setting: str) -> list[str]:
     """The references of a comma-separated setting."""
     return [text.strip() for text in setting.split(",") if text.strip()]
-
-
-def _after_step(run: JobRun, previews: Previews | None, step: int, steps: int, latents: Any) -> None:
-    run.check_stop()
-    preview = functools.partial(previews.begin, latents) if previews else None
-    run.progress.update(Denoising(step, steps, preview))

@@ -37,7 +37,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("kinds", "memory", "lora", "prompts", "topology"),
     ("generate",),
     ("serving",),
-    ("resident", "worker"),
+    ("resident", "drawing", "worker"),
     ("handler", "download_weights", "schemas"),
 )
 MODULES = {
