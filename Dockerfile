@@ -48,8 +48,8 @@ ENV MODEL_ID=$MODEL_ID REFINER_ID=$REFINER_ID
 COPY sdxl_worker/__init__.py sdxl_worker/checks.py sdxl_worker/data_uris.py sdxl_worker/errors.py sdxl_worker/kinds.py sdxl_worker/logs.py \
      sdxl_worker/masking.py sdxl_worker/prediction_marks.py sdxl_worker/settings.py sdxl_worker/text.py ./sdxl_worker/
 COPY sdxl_worker/assets ./sdxl_worker/assets
-COPY sdxl_worker/generate/__init__.py sdxl_worker/generate/base_model.py sdxl_worker/generate/checkpoint.py \
-     sdxl_worker/generate/checkpoint_facts.py sdxl_worker/generate/repo_progress.py ./sdxl_worker/generate/
+COPY sdxl_worker/generate/__init__.py sdxl_worker/generate/base_model.py sdxl_worker/generate/checkpoint.py sdxl_worker/generate/vae_files.py \
+     sdxl_worker/generate/checkpoint_facts.py sdxl_worker/generate/model_repo.py sdxl_worker/generate/repo_progress.py ./sdxl_worker/generate/
 COPY download_weights.py ./
 RUN --mount=type=secret,id=HF_TOKEN,required=false --mount=type=secret,id=CIVITAI_API_TOKEN,required=false \
     if [ "$BAKE_MODEL" = 1 ]; then \

@@ -17,8 +17,9 @@ from sdxl_worker.assets.kind import Kind
 from sdxl_worker.assets.report import file_facts, listed_json, write_facts, write_json, write_list, write_table
 from sdxl_worker.assets.store import AssetStore
 from sdxl_worker.errors import WorkerError
-from sdxl_worker.generate.base_model import BaseModel, find_base_model, find_preview_vae, find_refiner, find_vae
+from sdxl_worker.generate.base_model import BaseModel, find_base_model, find_refiner
 from sdxl_worker.generate.checkpoint_facts import read_checkpoint
+from sdxl_worker.generate.vae_files import find_preview_vae, find_vae
 from sdxl_worker.kinds import CHECKPOINT, EMBEDDING, LORA
 from sdxl_worker.logs import masked
 from sdxl_worker.masking import mask

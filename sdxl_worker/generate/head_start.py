@@ -8,8 +8,9 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from sdxl_worker.background import in_background
-from sdxl_worker.generate.base_model import BaseModel, base_model_here, needed_files
+from sdxl_worker.generate.base_model import BaseModel, base_model_here
 from sdxl_worker.generate.model_hash import start_hashing
+from sdxl_worker.generate.model_repo import needed_files
 from sdxl_worker.settings import Settings
 
 _CHUNK = 16 * 2**20

@@ -13,9 +13,10 @@ from safetensors import SafetensorError
 
 from sdxl_worker import topology
 from sdxl_worker.errors import AssetFileError, ModelUnavailable
-from sdxl_worker.generate.base_model import BaseModel, find_base_model, find_vae
+from sdxl_worker.generate.base_model import BaseModel, find_base_model
 from sdxl_worker.generate.checkpoint_facts import INPAINTING_CHANNELS, NOT_A_CHECKPOINT, SDXL, read_checkpoint
 from sdxl_worker.generate.prediction import predicting, wanted_prediction
+from sdxl_worker.generate.vae_files import find_vae
 from sdxl_worker.prediction_marks import EDM, Prediction
 from sdxl_worker.settings import Settings
 from sdxl_worker.text import clean_text

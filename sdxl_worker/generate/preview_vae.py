@@ -6,9 +6,10 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from sdxl_worker.errors import ModelUnavailable
-from sdxl_worker.generate.base_model import BaseModel, find_preview_vae
+from sdxl_worker.generate.base_model import BaseModel
 from sdxl_worker.generate.infotext import model_name
 from sdxl_worker.generate.load import reading
+from sdxl_worker.generate.vae_files import find_preview_vae
 from sdxl_worker.settings import Settings
 
 if TYPE_CHECKING:

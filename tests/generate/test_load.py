@@ -166,7 +166,7 @@ def test_a_model_that_does_not_fit_the_device_says_so(pipeline, tmp_path: Path, 
 
 @pytest.mark.parametrize("model_id", ["missing/folder/of/model", "nobody/nothing", "/nowhere/model.safetensors"])
 def test_a_missing_model_is_one_sentence(model_id: str, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("sdxl_worker.generate.base_model.RETRY_S", 0.0)
+    monkeypatch.setattr("sdxl_worker.generate.model_repo.RETRY_S", 0.0)
     with pytest.raises(ModelUnavailable, match="MODEL_ID"):
         load_pipeline(_settings(tmp_path, model_id))
 
