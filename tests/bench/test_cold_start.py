@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from bench import cold_start
-from bench.cold_start import Setting, measure, report, run_on
+from bench import cold_start, starts
+from bench.cold_start import measure, report, run_on
+from bench.starts import Setting
 from tests.integration.worker_process import WorkerProcess
 
 LOG = """
@@ -36,9 +37,8 @@ def turns(monkeypatch) -> list[str]:
     """Who was started; the first turn takes longest and does not count."""
     log: list[str] = []
     seconds = {"bare": [9.0, 2.0, 4.0, 5.0], "local": [9.0, 1.0, 6.0, 5.0], "queue": [9.0, 4.0, 0.0]}
-    for name, each in seconds.items():
-        monkeypatch.setattr(cold_start, f"start_{name}", start(log, name, each))
-    monkeypatch.setattr(cold_start, "_imports", lambda *_: {"modules": 3, "all": 1.0, "torch": 0.5})
+    monkeypatch.setattr(cold_start, "CONTESTANTS", {name: start(log, name, each) for name, each in seconds.items()})
+    monkeypatch.setattr(cold_start, "imports", lambda *_: {"modules": 3, "all": 1.0, "torch": 0.5})
     return log
 
 
@@ -61,8 +61,8 @@ def test_the_three_take_turns_and_neighbours_are_compared(turns, tmp_path: Path)
 
 
 def test_a_run_in_which_the_worker_never_draws_is_an_error(monkeypatch, tmp_path: Path):
-    for name in cold_start.CONTESTANTS:
-        monkeypatch.setattr(cold_start, f"start_{name}", start([], name, [1.0 if name == "bare" else 0.0] * 2))
+    never = {name: start([], name, [1.0 if name == "bare" else 0.0] * 2) for name in cold_start.CONTESTANTS}
+    monkeypatch.setattr(cold_start, "CONTESTANTS", never)
     with pytest.raises(RuntimeError, match="nothing to compare"):
         measure(Setting(tmp_path, "cpu", 1, 64, 1), tmp_path)
 
@@ -85,7 +85,7 @@ def test_a_ready_pipeline_is_saved_and_a_ready_folder_is_taken(turns, pipeline, 
 
 def test_stages_come_from_the_workers_own_lines():
     process = SimpleNamespace(text=LOG, lines=lambda: [LINE])
-    stages = cold_start._stages(process, 6.0)  # type: ignore[arg-type]
+    stages = starts.stages_of(process, 6.0)  # type: ignore[arg-type]
     expected = {"imports": 3.0, "model": 1.0, "loras": 0.5, "fitness": 0.25, "job_beside": 0.005}
     expected |= {"picture": 1.0, "encoding": 0.02, "rest": 0.225, "total": 6.0}
     assert stages == pytest.approx(expected)

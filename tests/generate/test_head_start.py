@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from bench import cold_start
+from bench import starts
 from sdxl_worker.background import in_background
 from sdxl_worker.errors import ModelUnavailable
 from sdxl_worker.generate import head_start, model_hash
@@ -99,8 +99,8 @@ def test_the_model_is_hashed_once(worker, model, monkeypatch, caplog):
     caplog.set_level("INFO", "sdxl_worker")
     get_ready(worker)
     assert worker.resident.model_hash == hash_of(model / UNET)
-    # The line that bench.cold_start reads.
-    found = cold_start._READY.search(caplog.text)
+    # The line that bench.starts reads.
+    found = starts.READY.search(caplog.text)
     assert found
     total, *parts = map(float, found.groups())
     assert abs(total - sum(parts)) < 0.05
