@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
+from sdxl_worker.lora.factors import Part
 from sdxl_worker.lora.file import read_lora
 from sdxl_worker.lora.formats.format import Change
-from sdxl_worker.lora.fused import FusedMerger, Part
+from sdxl_worker.lora.fused import FusedMerger
 from sdxl_worker.lora.keys import COMPONENTS, UNET, ResidentModules
 from sdxl_worker.lora.match import match_lora
 from sdxl_worker.lora.merge import Target, WeightMerger, files_memory

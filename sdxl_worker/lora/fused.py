@@ -18,43 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sdxl_worker.lora.factors import CODES, MAX_ELEMENTS, Factors, Part, matrix_shape, part_rows
 from sdxl_worker.lora.formats.format import Change
 from sdxl_worker.lora.formats.low_rank import LowRank
 
-# The kernel knows dtypes of factors by one bit each.
-_CODES = {torch.float16: 1, torch.bfloat16: 2, torch.float32: 4}
 _ALL_CODES = 7
 _CHECKED_RANK = 40
-# The kernel counts elements in int32.
-_MAX_ELEMENTS = 2**31 - 1
-
-
-@dataclass(frozen=True)
-class Factors:
-    """One file's low-rank changes, an element each: weight number, offsets of `up` and `down` in its data (bytes),
-    rank, factor, dtype code; and the numbers of the weights that it changes in any other way."""
-
-    weights: np.ndarray
-    up: np.ndarray
-    down: np.ndarray
-    ranks: np.ndarray
-    factors: np.ndarray
-    dtypes: np.ndarray
-    others: np.ndarray
-
-
-@dataclass(frozen=True)
-class Part:
-    """A file on the device: `data` holds its bytes, `strengths` (float64) one number for each weight of the model."""
-
-    factors: Factors
-    data: Tensor
-    strengths: np.ndarray
-
-    @property
-    def acting(self) -> np.ndarray:
-        """Which of the low-rank changes have a strength other than zero (bool)."""
-        return self.strengths[self.factors.weights] != 0
 
 
 @dataclass(frozen=True)
@@ -83,8 +52,8 @@ class FusedMerger:
         self._live = list(live.values())
         self._numbers = {target: number for number, target in enumerate(self._targets)}
         self._strides = [weight.stride() for weight in self._live]
-        self._shapes = np.array([_matrix_shape(weight) for weight in self._live], np.int64).reshape(-1, 3)
-        self._codes = np.array([_CODES.get(weight.dtype, 0) for weight in self._live], np.int64)
+        self._shapes = np.array([matrix_shape(weight) for weight in self._live], np.int64).reshape(-1, 3)
+        self._codes = np.array([CODES.get(weight.dtype, 0) for weight in self._live], np.int64)
         self._kernel: Any = None
         self._checked: set[Variant] = set()
 
@@ -101,7 +70,7 @@ class FusedMerger:
                 offsets = [tensor.data_ptr() - begin for tensor in pair]
                 aligned = not any(offset % change.up.element_size() for offset in offsets)
                 if aligned and all(tensor.untyped_storage().data_ptr() == storage for tensor in pair):
-                    rows.append((number, *offsets, change.down.shape[0], _CODES[change.up.dtype]))
+                    rows.append((number, *offsets, change.down.shape[0], CODES[change.up.dtype]))
                     factors.append(change.factor)
                     continue
             others.append(number)
@@ -115,10 +84,10 @@ class FusedMerger:
             tuple(change.up.shape) == (rows, rank)
             and tuple(change.down.shape) == (rank, columns)
             and change.up.dtype == change.down.dtype
-            and change.up.dtype in _CODES
+            and change.up.dtype in CODES
             and change.up.is_contiguous()
             and change.down.is_contiguous()
-            and max(change.up.numel(), change.down.numel()) <= _MAX_ELEMENTS
+            and max(change.up.numel(), change.down.numel()) <= MAX_ELEMENTS
         )
 
     def targets(self, parts: Sequence[Part], only: Collection[Any] | None = None) -> list[Any]:
@@ -151,15 +120,15 @@ class FusedMerger:
         groups = self._codes[numbers] * 2 + aligned
         for group in np.unique(groups):
             chosen = np.flatnonzero(groups == group)
-            rows = _part_rows(parts, numbers[chosen], len(self._live))
+            rows = part_rows(parts, numbers[chosen], len(self._live))
             self._launch(addresses[chosen], shapes[chosen], rows, live[chosen[0]], bool(group % 2))
 
     def _shapes_now(self, numbers: np.ndarray, pristine: Iterable[Tensor]) -> np.ndarray:
-        """Those of `_matrix_shape`: whole models change the order of their convolutions. Raises KernelFailed."""
+        """Those of `matrix_shape`: whole models change the order of their convolutions. Raises KernelFailed."""
         for number, copy in zip(numbers.tolist(), pristine, strict=True):
             weight = self._live[number]
             if (strides := weight.stride()) != self._strides[number]:
-                self._strides[number], self._shapes[number] = strides, _matrix_shape(weight)
+                self._strides[number], self._shapes[number] = strides, matrix_shape(weight)
             if copy.stride() != strides:
                 raise KernelFailed("a weight lies in another order than its untouched copy")
         if not self._shapes[numbers].all():
@@ -175,7 +144,7 @@ class FusedMerger:
             self._checked.add(variant)
         tiles = -(-shapes[:, 0] // self.SIDE) * -(-shapes[:, 1] // self.SIDE)
         ends = np.searchsorted(parts[:, 0], np.arange(len(shapes) + 1))
-        # The table in int64: eight columns for a module, then five for a part (`_part_rows`), then each module's tiles.
+        # The table in int64: eight columns for a module, then five for a part (`part_rows`), then each module's tiles.
         modules = np.column_stack([addresses, shapes, np.cumsum(tiles) - tiles, ends[:-1], ends[1:]])
         host = torch.from_numpy(np.concatenate([modules.ravel(), parts[:, 1:].ravel(), tiles]))
         # Page-locked, or the host would wait for the stream.
@@ -197,7 +166,7 @@ class FusedMerger:
         trial = type(self)(live)
         trial._kernel, trial._checked = self._jitted(), {variant}
         parts = []
-        for dtype in (dtype for dtype, code in _CODES.items() if code & variant.factors):
+        for dtype in (dtype for dtype, code in CODES.items() if code & variant.factors):
             changes, data = _random_file(live, dtype, random)
             strength = 0.7
             parts.append(Part(trial.factors_of(changes, data), data.to(device), np.full(len(live), strength)))
@@ -230,43 +199,13 @@ class FusedMerger:
                 parts_at,
                 WEIGHT=getattr(tl, str(variant.weight).removeprefix("torch.")),
                 # One kernel for all mixtures, or each would be compiled.
-                DTYPES=variant.factors if variant.factors in _CODES.values() else _ALL_CODES,
+                DTYPES=variant.factors if variant.factors in CODES.values() else _ALL_CODES,
                 ALIGNED=variant.aligned,
                 SIDE=self.SIDE,
                 DEPTH=self.DEPTH,
                 num_warps=self.WARPS,
                 num_stages=2,
             )
-
-
-def _matrix_shape(weight: Tensor) -> tuple[int, int, int]:
-    """Rows, columns, and taps where columns stand by tap first; zeros for what the kernel leaves alone."""
-    if weight.ndim < 2 or weight.dtype not in _CODES or not 0 < weight.numel() <= _MAX_ELEMENTS:
-        return 0, 0, 1
-    rows, columns = weight.shape[0], weight.numel() // weight.shape[0]
-    if weight.is_contiguous():
-        return rows, columns, 1
-    if weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last):
-        return rows, columns, weight.shape[2] * weight.shape[3]
-    return 0, 0, 1
-
-
-def _part_rows(parts: Sequence[Part], numbers: np.ndarray, count: int) -> np.ndarray:
-    """The parts' rows of the table behind the place of their weight in `numbers`, sorted by it; `count`: of weights.
-
-    Addresses of `up` and `down`, rank, the bits of the float32 strength in the lower half, dtype code.
-    """
-    places = np.full(count, -1)
-    places[numbers] = np.arange(len(numbers))
-    rows = [np.zeros((0, 6), np.int64)]
-    for part in parts:
-        found, begin = part.factors, part.data.data_ptr()
-        strengths = (part.strengths[found.weights] * found.factors).astype(np.float32).view(np.int32)
-        of_part = places[found.weights]
-        columns = (of_part, found.up + begin, found.down + begin, found.ranks, strengths, found.dtypes)
-        rows.append(np.column_stack(columns)[part.acting & (of_part >= 0)])
-    joined = np.concatenate(rows)
-    return joined[np.argsort(joined[:, 0], kind="stable")]
 
 
 def _random_file(live: Mapping[str, Tensor], dtype: torch.dtype, random: torch.Generator) -> tuple[dict, Tensor]:

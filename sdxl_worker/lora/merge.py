@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from sdxl_worker.errors import LoraIncompatible, RestoreFailed
+from sdxl_worker.lora.factors import Part
 from sdxl_worker.lora.formats.format import Change
 from sdxl_worker.lora.formats.low_rank import LowRank
-from sdxl_worker.lora.fused import FusedMerger, Part
+from sdxl_worker.lora.fused import FusedMerger
 from sdxl_worker.memory import free_bytes, is_out_of_memory
 
 logger = logging.getLogger(__name__)

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 import torch
 
 from sdxl_worker.background import in_background
+from sdxl_worker.lora.factors import Factors
 from sdxl_worker.lora.file import LoraFacts, autov3
 from sdxl_worker.lora.formats.format import Change, map_tensors, tensors_of
-from sdxl_worker.lora.fused import Factors
 from sdxl_worker.lora.match import Matched
 from sdxl_worker.lora.merge import Target
 from sdxl_worker.lora.transfer import HostData

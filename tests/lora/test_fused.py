@@ -18,8 +18,9 @@ from sdxl_worker import topology
 from sdxl_worker.errors import LoraIncompatible
 from sdxl_worker.lora import fused, kernel
 from sdxl_worker.lora.engine import LoraEngine
+from sdxl_worker.lora.factors import Part
 from sdxl_worker.lora.formats.low_rank import LowRank
-from sdxl_worker.lora.fused import FusedMerger, KernelFailed, Part
+from sdxl_worker.lora.fused import FusedMerger, KernelFailed
 from sdxl_worker.request import LoraScale
 from tests.support.lora_files import CONV, CROSS, LINEAR, kohya, lokr, lora, save
 from tests.support.operations import Waits
