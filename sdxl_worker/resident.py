@@ -104,7 +104,8 @@ class Resident:
         """The one LoRA engine of `pipeline`."""
         with self._lock:
             if pipeline not in self._engines:
-                self._engines[pipeline] = LoraEngine(pipeline, int(self._settings.lora_ram_cache_gb * 2**30))
+                cache_bytes, kernel = int(self._settings.lora_ram_cache_gb * 2**30), bool(self._settings.lora_kernel)
+                self._engines[pipeline] = LoraEngine(pipeline, cache_bytes, kernel=kernel)
             return self._engines[pipeline]
 
     def close(self) -> None:

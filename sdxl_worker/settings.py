@@ -84,6 +84,9 @@ class Settings:
         "attention kernel: flash, cudnn, efficient or math; empty = torch chooses",
         choice(ATTENTION_KERNELS),
     )
+    lora_kernel: int = _variable(
+        "LORA_KERNEL", 1, "0: torch merges LoRAs weight by weight on a GPU, instead of one kernel", whole(0, 1)
+    )
     hf_token: str = _variable("HF_TOKEN", "", "sent only to the Hugging Face Hub", secret=True)
     civitai_api_token: str = _variable("CIVITAI_API_TOKEN", "", "sent only to Civitai", secret=True)
     civitai_endpoint: str = _variable(

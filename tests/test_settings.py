@@ -42,6 +42,7 @@ def test_values_have_the_type_of_their_setting():
         ("DOWNLOAD_TIMEOUT", "9" * 5000, "must be a number above 0 to 86400, not inf"),
         ("PREDICTION_TYPE", "v", "must be one of epsilon, v_prediction, not 'v'"),
         ("COMPILE", "2", "must be a whole number from 0 to 1, not 2"),
+        ("LORA_KERNEL", "2", "must be a whole number from 0 to 1, not 2"),
         ("ATTENTION", "sage", "must be one of flash, cudnn, efficient, math, not 'sage'"),
         ("HF_ENDPOINT", "hub.internal", "must be an http or https URL"),
         ("MODEL_ID", "a\ud800", "holds a NUL or half of a surrogate pair"),

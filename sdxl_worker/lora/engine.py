@@ -63,11 +63,12 @@ class LoraEngine:
         ram_cache_bytes: int,
         sender: Sender | None = None,
         fused: Callable[[Mapping[Target, Tensor]], FusedMerger] | None = None,
+        kernel: bool = True,
     ) -> None:
         """`ram_cache_bytes` bounds the parsed files kept in host memory, least recently used out first.
 
         `sender` copies files to the device before they are merged; by default on a stream of its own on a GPU. `fused`
-        makes what merges low-rank changes at once; by default there is one on a GPU.
+        makes what merges low-rank changes at once; by default there is one on a GPU, without `kernel` nowhere.
         """
         self._modules = ResidentModules({name: getattr(pipeline, name) for name in COMPONENTS})
         self._live = {
@@ -81,7 +82,7 @@ class LoraEngine:
         self._device = pipeline.device
         if fused is None and self._device.type == "cuda":
             fused = FusedMerger
-        self._fused = fused(self._live) if fused else None
+        self._fused = fused(self._live) if fused and kernel else None
         self._merger = WeightMerger(self._live, self._fused)
         self._cache: OrderedDict[tuple[int, ...], ParsedLora] = OrderedDict()
         self._cache_bytes = ram_cache_bytes

@@ -53,6 +53,7 @@ class WeightMerger:
         self._pristine: dict[Target, Tensor] = {}
         self._merged: dict[Target, None] = {}
         self._place: str | None = None
+        self._used_kernel = False
 
     @torch.no_grad()
     def update(self, changes: Mapping[Target, Sequence[tuple[Change, float]]]) -> None:
@@ -80,6 +81,7 @@ class WeightMerger:
         with files_memory():
             pristine = self._pristine_beside(targets)
             self._merged.update(dict.fromkeys(targets))
+            self._used_kernel = True
             try:
                 self._fused.merge(parts, pristine)
             except Exception as error:
@@ -119,12 +121,25 @@ class WeightMerger:
             pristine = [self._pristine[target] for target in targets]
             torch._foreach_copy_(live, pristine, non_blocking=True)
             if live[0].is_cuda:
-                # An asynchronous failure has to surface here, not in the next job.
-                torch.cuda.synchronize(live[0].device)
+                # An asynchronous failure has to surface here, not in the next job. Other streams, such as the one that
+                # copies the next job's LoRAs, are not waited for.
+                torch.cuda.current_stream(live[0].device).synchronize()
         except RuntimeError as error:
+            self._name_setting()
             raise RestoreFailed("the base model could not be put back after a LoRA") from error
         for target in targets:
             del self._merged[target]
+        if not self._merged:
+            self._used_kernel = False
+
+    def _name_setting(self) -> None:
+        """Say once, where the device failed while what the kernel merged was in use, how to do without it.
+
+        Here every such failure is seen, whatever met it first: a lost device does not put weights back either.
+        """
+        if self._used_kernel:
+            logger.error("the GPU failed while LoRAs were merged by the kernel: LORA_KERNEL=0 does without the kernel")
+            self._used_kernel = False
 
     def _keep_pristine(self, target: Target) -> Tensor:
         if target not in self._pristine:

@@ -14,7 +14,7 @@ from tests.support.readme import ROOT
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("names", [(), FORMATS], ids=["plain", "loras"])
+@pytest.mark.parametrize("names", [(), FORMATS, ("LoRA",)], ids=["plain", "loras", "kernel"])
 def test_row_50_an_assertion_in_a_kernel(names: tuple[str, ...]) -> None:
     """Where LoRAs are merged, what the caller hears is that they cannot be taken out."""
     done = subprocess.run(
@@ -34,3 +34,5 @@ def test_row_50_an_assertion_in_a_kernel(names: tuple[str, ...]) -> None:
         assert answer["error"].startswith(f"{code}: "), answer
         assert answer["refresh_worker"] is True
         assert answer["images"] == 0
+    # Of all formats together the kernel merges no weight.
+    assert done.stderr.count("LORA_KERNEL=0") == (names == ("LoRA",))

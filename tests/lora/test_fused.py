@@ -14,14 +14,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from sdxl_worker import resident as resident_module
 from sdxl_worker import topology
-from sdxl_worker.errors import LoraIncompatible
-from sdxl_worker.lora import fused, kernel
+from sdxl_worker.errors import LoraIncompatible, RestoreFailed
+from sdxl_worker.lora import engine as lora_engine
+from sdxl_worker.lora import fused, kernel, merge
 from sdxl_worker.lora.engine import LoraEngine
 from sdxl_worker.lora.factors import Part
 from sdxl_worker.lora.formats.low_rank import LowRank
 from sdxl_worker.lora.fused import FusedMerger, KernelFailed
 from sdxl_worker.request import LoraScale
+from sdxl_worker.settings import Settings
 from tests.support.lora_files import CONV, CROSS, LINEAR, kohya, lokr, lora, save
 from tests.support.operations import Waits
 
@@ -355,8 +358,63 @@ def test_no_memory_is_the_requests_affair_and_not_the_kernels(resident, launches
     assert resident.off((changes, SCALE)) <= 0.5
 
 
+def lost(*_arguments: object, **_keywords: object) -> None:
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+@pytest.mark.parametrize("met", ["launching", "rendering", "without the kernel"])
+def test_a_device_lost_under_the_kernel_has_one_line_on_how_to_do_without(resident, tmp_path, monkeypatch, caplog, met):
+    """Wherever the fault is met first."""
+    engine = resident.engine
+    (parsed, _), hint = resident.file(tmp_path / "a", 1, F16), "LORA_KERNEL=0 does without the kernel"
+    if met == "without the kernel":
+        engine._merger._fused = None
+    with monkeypatch.context() as patch:
+        if met == "launching":
+            patch.setattr(FusedMerger, "_run", lost)
+            patch.setattr(merge, "_merge_one", lost)
+            patch.setattr(torch, "_foreach_copy_", lost)
+        with pytest.raises(RestoreFailed), engine.applied([(parsed, SCALE)]):
+            patch.setattr(torch, "_foreach_copy_", lost)
+    assert caplog.text.count(hint) == (met != "without the kernel")
+    engine.restore()
+    # What was merged later by torch is not the kernel's.
+    caplog.clear()
+    engine._merger._fused = None
+    with monkeypatch.context() as patch, pytest.raises(RestoreFailed), engine.applied([(parsed, SCALE)]):
+        patch.setattr(torch, "_foreach_copy_", lost)
+    assert hint not in caplog.text
+
+
+@GPU
+def test_putting_back_waits_for_no_other_stream(tmp_path: Path):
+    """On which the next job's LoRA may be on its way."""
+    resident = Resident("cuda")
+    parsed, _ = resident.file(tmp_path / "a", 1, F16)
+    with resident.engine.applied([(parsed, SCALE)]):
+        pass
+    other, done = torch.cuda.Stream(), torch.cuda.Event()
+    with resident.engine.applied([(parsed, SCALE)]):
+        torch.cuda.synchronize()
+        with torch.cuda.stream(other):
+            torch.cuda._sleep(2_000_000_000)  # of the device's clock: about a second
+            done.record()
+    assert not done.query()
+    assert resident.is_pristine
+    torch.cuda.synchronize()
+
+
 def test_on_the_cpu_nothing_is_merged_at_once(engine):
     assert engine._fused is None
+
+
+@pytest.mark.parametrize("setting", [0, 1])
+def test_the_setting_does_without_the_kernel(pipeline, monkeypatch, setting):
+    """A model that says it is on a GPU: making the engine moves nothing."""
+    monkeypatch.setattr(lora_engine, "sender_for", lambda _device: None)
+    monkeypatch.setattr(type(pipeline), "device", torch.device("cuda"))
+    engine = resident_module.Resident(Settings(model_id="tiny", lora_kernel=setting)).engine_of(pipeline)
+    assert (engine._fused is not None, engine._merger._fused is not None) == (bool(setting), bool(setting))
 
 
 @pytest.mark.parametrize(
