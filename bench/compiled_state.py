@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import nn
 
 from sdxl_worker.generate import compiled
+
+# Inside, a pipeline is in it.
+State = Callable[[], AbstractContextManager[None]]
 
 
 class ChannelsLast:

@@ -16,7 +16,7 @@ from typing import Any
 from bench.compiled_state import Compiled
 from bench.gpu.requests import answered, fields, worker_with_loras
 from bench.instruments import spread
-from bench.rendering import GUIDANCE, SCHEDULER, bare, request_of
+from bench.worker_sdxl import GUIDANCE, SCHEDULER, bare, request_of
 
 AT_A_TIME = ("one at a time", "two at a time")
 

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from bench import rendering
+from bench import compiled_switch, rendering, settings_table
 from bench.compiled_state import Compiled
+from bench.settings_table import BASELINE, Row
+from bench.worker_sdxl import difference
 from sdxl_worker import topology
 from sdxl_worker.generate import compiled
 from tests.support.lora_files import weight_hash
@@ -40,8 +42,8 @@ def test_every_row_is_measured_and_nothing_stays_changed(
 ) -> None:
     """With dynamo alone, and one size: what inductor makes of it is measured by the command."""
     monkeypatch.setattr(compiled, "warm_up", lambda _pipeline: None)
-    monkeypatch.setattr(rendering, "OPT_INS", ({"unheard_of": 1}, {"cfg_end": 0.5}))
-    monkeypatch.setattr(rendering, "SWITCHES", 1)
+    monkeypatch.setattr(settings_table, "OPT_INS", ({"unheard_of": 1}, {"cfg_end": 0.5}))
+    monkeypatch.setattr(compiled_switch, "SWITCHES", 1)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     pipeline = topology.build_sdxl(device=device)
     pipeline.set_progress_bar_config(disable=True)
@@ -53,7 +55,7 @@ def test_every_row_is_measured_and_nothing_stays_changed(
     assert (weight_hash(pipeline), addresses(pipeline), layouts(pipeline), pipeline.scheduler) == before
     assert all(module._compiled_call_impl is None for module in pipeline.unet.modules())
     rows = results["table"]["rows"]
-    assert {rendering.BASELINE, "this worker as it comes", "channels_last", "COMPILE=1", "ATTENTION=math"} <= set(rows)
+    assert {BASELINE, "this worker as it comes", "channels_last", "COMPILE=1", "ATTENTION=math"} <= set(rows)
     assert all(result["images_per_second"] > 0 for result in rows.values()), rows
     assert rows["this worker as it comes"]["difference"]["max"] <= 1
     assert rows["COMPILE=1"]["difference"]["max"] <= 1
@@ -68,10 +70,10 @@ def test_a_row_that_fails_says_why_and_stops_no_other(pipeline: Any, monkeypatch
     def broken(*_: object) -> None:
         raise torch.OutOfMemoryError("no memory for this")
 
-    rows = [rendering.Row(rendering.BASELINE), rendering.Row("broken", draws=broken), rendering.Row("COMPILE=1")]
-    monkeypatch.setattr(rendering, "rows_for", lambda *_: rows)
+    rows = [Row(BASELINE), Row("broken", draws=broken), Row("COMPILE=1")]
+    monkeypatch.setattr(settings_table, "rows_for", lambda *_: rows)
     options = argparse.Namespace(size=64, steps=1, repeats=1, backend="eager")
-    table = rendering.table_on(pipeline, options, Compiled(pipeline))
+    table = settings_table.table_on(pipeline, options, Compiled(pipeline))
     assert "no memory for this" in table["rows"]["broken"]["failed"]
     assert table["rows"]["COMPILE=1"]["ratio"]["median"] > 0
 
@@ -79,4 +81,4 @@ def test_a_row_that_fails_says_why_and_stops_no_other(pipeline: Any, monkeypatch
 def test_a_difference_counts_channels_and_pixels() -> None:
     one, other = np.zeros((2, 2, 3), int), np.zeros((2, 2, 3), int)
     other[0, 0] = (3, -5, 0)
-    assert rendering.difference(one, other) == {"max": 5, "mean": 8 / 12, "share": 0.25}
+    assert difference(one, other) == {"max": 5, "mean": 8 / 12, "share": 0.25}
