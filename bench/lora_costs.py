@@ -19,64 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from bench.convolutions import convolutions_on
 from bench.instruments import Clock, spread
-from bench.lora_files import SCALE, WRITERS, write_file
+from bench.lora_files import WRITERS, write_file
+from bench.memory_limit import MemoryLimit, loras_of, weights_of
 from bench.models import SIZES, random_pipeline
 from bench.report import machine, table, write_result
-from sdxl_worker.lora.engine import Lora, LoraEngine, targets_of
-from sdxl_worker.lora.formats.low_rank import LowRank
-from sdxl_worker.lora.merge import Target, WeightMerger
-from sdxl_worker.request import LoraScale
+from sdxl_worker.lora.engine import Lora, LoraEngine
 
 RANKS = (4, 16, 32, 64, 128, 256)
 SHARES = (0.1, 0.25, 0.5, 1.0)
 COUNTS = (1, 2, 4)
-# Four of the UNet's 3 x 3 convolutions at full size, and how many columns and rows of them change.
-CONVOLUTIONS, CONVOLUTION_SHAPE, CONVOLUTION_RANK = 4, (640, 640, 3, 3), 32
-
-
-class MemoryLimit:
-    """Weights that LoRAs change, with copies that say what moving them costs, and whether they keep their bits."""
-
-    def __init__(self, weights: Sequence[Tensor], copies: dict[int, Tensor] | None = None) -> None:
-        """`copies` by the weights' addresses: where they are given, they are shared with others and added to."""
-        copies = {} if copies is None else copies
-        self.weights = list(weights)
-        self._before = [_copy_of(weight, copies) for weight in self.weights]
-
-    @property
-    def moved_bytes(self) -> int:
-        """What one `copy_twice` reads and writes."""
-        return 4 * sum(weight.numel() * weight.element_size() for weight in self.weights)
-
-    @torch.no_grad()
-    def copy_twice(self) -> None:
-        """Read the untouched weights and write the live ones, as a merge has to, and once more, as putting back has."""
-        for _ in range(2):
-            torch._foreach_copy_(self.weights, self._before)
-
-    def bits_are_kept(self) -> bool:
-        """True while the weights are what they were."""
-        return all(torch.equal(live, before) for live, before in zip(self.weights, self._before, strict=True))
-
-
-def _copy_of(weight: Tensor, copies: dict[int, Tensor]) -> Tensor:
-    if weight.data_ptr() not in copies:
-        copies[weight.data_ptr()] = weight.detach().clone()
-    return copies[weight.data_ptr()]
-
-
-def loras_of(engine: LoraEngine, paths: Sequence[Path]) -> list[Lora]:
-    """The files as `LoraEngine.apply` takes them; those that were read before come from host memory."""
-    return [(engine.read(path), LoraScale.uniform(SCALE)) for path in paths]
-
-
-def weights_of(pipeline: Any, loras: Sequence[Lora]) -> list[Tensor]:
-    """The weights that the LoRAs change, each once."""
-    targets = dict.fromkeys(target for lora in loras for target in targets_of(lora))
-    return [getattr(pipeline, t.component).get_parameter(f"{t.module}.{t.parameter}") for t in targets]
 
 
 def switches_on(pipeline: Any, cases: Mapping[str, Sequence[Path]], repeats: int) -> dict[str, Any]:
@@ -88,7 +42,7 @@ def switches_on(pipeline: Any, cases: Mapping[str, Sequence[Path]], repeats: int
     clock, engine = Clock(pipeline.device.type), LoraEngine(pipeline, 16 * 2**30)
     loras = {name: loras_of(engine, paths) for name, paths in cases.items()}
     limit_of: dict[str, MemoryLimit] = {}
-    copies: dict[int, Tensor] = {}
+    copies: dict[int, torch.Tensor] = {}
     for name, own in loras.items():
         limit_of[name] = MemoryLimit(weights_of(pipeline, own), copies)
         # The first time of each makes pristine copies, and the kernel.
@@ -98,14 +52,10 @@ def switches_on(pipeline: Any, cases: Mapping[str, Sequence[Path]], repeats: int
     kept = True
     for _ in range(repeats):
         for name, own in loras.items():
-            row, limit = seconds[name], limit_of[name]
-            row["apply_s"].append(clock.time(functools.partial(engine.apply, own)))
-            row["restore_s"].append(clock.time(engine.restore))
-            with engine.sent_ahead(own):
-                row["sent_ahead_apply_s"].append(clock.time(functools.partial(engine.apply, own)))
-            engine.restore()
-            kept = kept and limit.bits_are_kept()
-            row["limit_s"].append(clock.time(limit.copy_twice))
+            for what, taken in _switch(clock, engine, own).items():
+                seconds[name][what].append(taken)
+            kept = kept and limit_of[name].bits_are_kept()
+            seconds[name]["limit_s"].append(clock.time(limit_of[name].copy_twice))
     first = next(iter(cases))
     return {
         "bits_kept": kept,
@@ -119,6 +69,16 @@ def switches_on(pipeline: Any, cases: Mapping[str, Sequence[Path]], repeats: int
             for name in cases
         },
     }
+
+
+def _switch(clock: Clock, engine: LoraEngine, loras: Sequence[Lora]) -> dict[str, float]:
+    """Seconds of merging and putting back, and of merging what was sent ahead."""
+    apply = functools.partial(engine.apply, loras)
+    seconds = {"apply_s": clock.time(apply), "restore_s": clock.time(engine.restore)}
+    with engine.sent_ahead(loras):
+        seconds["sent_ahead_apply_s"] = clock.time(apply)
+    engine.restore()
+    return seconds
 
 
 def _summary(row: Mapping[str, Sequence[float]], first: Mapping[str, Sequence[float]]) -> dict[str, Any]:
@@ -187,44 +147,6 @@ def layers_on(pipeline: Any, options: argparse.Namespace) -> dict[str, Any]:
         for name, (count, share) in names.items()
     ]
     return {**found, "points": points}
-
-
-def convolutions_on(pipeline: Any, options: argparse.Namespace) -> dict[str, Any]:
-    """Merging into channels_last convolutions against contiguous ones, by torch's own operations, in turns."""
-    clock, device, dtype = Clock(pipeline.device.type), pipeline.device, pipeline.unet.dtype
-    shape = tuple(getattr(options, "convolution", CONVOLUTION_SHAPE))
-    random = torch.Generator().manual_seed(0)
-    down = torch.randn(CONVOLUTION_RANK, shape[1] * shape[2] * shape[3], generator=random).half().to(device)
-    up = (0.02 * torch.randn(shape[0], CONVOLUTION_RANK, generator=random)).half().to(device)
-    targets = [Target("unet", str(index), "weight") for index in range(CONVOLUTIONS)]
-    changes = {target: [(LowRank(up, down, 0.5), SCALE)] for target in targets}
-
-    def merger(order: torch.memory_format) -> WeightMerger:
-        weight = torch.randn(*shape, generator=torch.Generator().manual_seed(1))
-        return WeightMerger(
-            {target: weight.to(device, dtype, copy=True).contiguous(memory_format=order) for target in targets}
-        )
-
-    def seconds(one: WeightMerger) -> float:
-        taken = clock.time(lambda: one.update(changes))
-        one.restore()
-        return taken
-
-    orders, pairs = (torch.channels_last, torch.contiguous_format), []
-    for turn in range(options.repeats):
-        # New ones each time, and each order first as often: where memory lies is worth more than what is measured.
-        mergers = {order: merger(order) for order in (orders, orders[::-1])[turn % 2]}
-        for one in mergers.values():
-            seconds(one)
-        taken = {order: seconds(one) for order, one in mergers.items()}
-        pairs.append([taken[order] for order in orders])
-    return {
-        "weights": f"{CONVOLUTIONS} of {' x '.join(map(str, shape))}, {str(dtype).removeprefix('torch.')}",
-        "rank": CONVOLUTION_RANK,
-        "channels_last_s": spread([last for last, _ in pairs]),
-        "contiguous_s": spread([plain for _, plain in pairs]),
-        "ratio": spread([last / plain for last, plain in pairs]),
-    }
 
 
 PARTS: dict[str, Callable[[Any, argparse.Namespace], dict[str, Any]]] = {

@@ -23,8 +23,8 @@ import torch
 import transformers
 
 from bench.instruments import Clock, Memory, spread
-from bench.lora_costs import MemoryLimit, loras_of, weights_of
 from bench.lora_files import RANK, SCALE, linear_layers, write_loras
+from bench.memory_limit import MemoryLimit, loras_of, weights_of
 from bench.models import random_pipeline
 from bench.report import machine, table, write_result
 from bench.timed_request import Request

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from bench.instruments import Clock, spread
-from bench.lora_costs import MemoryLimit, loras_of, weights_of
 from bench.lora_files import write_loras
+from bench.memory_limit import MemoryLimit, loras_of, weights_of
 from bench.models import SIZES, random_pipeline
 from bench.report import machine, table, write_result
 from sdxl_worker.lora.engine import LoraEngine

@@ -219,7 +219,7 @@ FIGURES: tuple[Figure, ...] = (
         "lora_convolutions",
         "merging into channels_last convolutions / contiguous ones",
         PLAIN,
-        "bench.lora_costs:convolutions_on",
+        "bench.convolutions:convolutions_on",
         5,
         {"repeats": 7, "convolution": [640, 640, 3, 3]},
         {"repeats": 1, "convolution": [16, 8, 3, 3]},

@@ -7,8 +7,10 @@ import argparse
 import pytest
 import torch
 
-from bench.lora_costs import MemoryLimit, convolutions_on, formats_on, layers_on, ranks_on, switches_on
+from bench.convolutions import convolutions_on
+from bench.lora_costs import formats_on, layers_on, ranks_on, switches_on
 from bench.lora_files import WRITERS, linear_layers, write_file
+from bench.memory_limit import MemoryLimit
 from sdxl_worker.lora.engine import LoraEngine
 from sdxl_worker.request import LoraScale
 from tests.support.lora_files import weight_hash
