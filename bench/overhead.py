@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
+import functools
 import json
 import logging
 import statistics
@@ -25,17 +25,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 
 import handler
+from bench.encodings import png_levels
 from bench.instruments import spread
+from bench.models import random_pipeline
 from bench.report import machine, table, write_result
 from schemas import validate_request
 from sdxl_worker import topology
 from sdxl_worker.generate.images import PNG_LEVEL
 from sdxl_worker.generate.samplers import make_scheduler
+from sdxl_worker.request import GenerationRequest
 from sdxl_worker.settings import Settings
 from sdxl_worker.worker import Worker
 from tests.integration.queue_server import QueueServer
@@ -74,11 +75,7 @@ class JobLines(logging.Handler):
 
 def request_overhead(repeats: int, side: int, steps: int) -> dict[str, Any]:
     """`run_on` on the narrow model."""
-    pipeline = topology.build_sdxl(topology.NARROW)
-    pipeline.set_progress_bar_config(disable=True)
-    for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
-        module.eval().requires_grad_(False)
-    return run_on(pipeline, argparse.Namespace(repeats=repeats, size=side, steps=steps))
+    return run_on(random_pipeline("cpu", "narrow"), argparse.Namespace(repeats=repeats, size=side, steps=steps))
 
 
 def run_on(pipeline: Any, options: argparse.Namespace) -> dict[str, Any]:
@@ -88,21 +85,8 @@ def run_on(pipeline: Any, options: argparse.Namespace) -> dict[str, Any]:
     handler.process.worker = worker  # the pipeline has no MODEL_ID
     sides = {"width": options.size, "height": options.size}
     fields = {"prompt": "a lighthouse", **sides, "num_inference_steps": options.steps, "seed": 1}
-    request = validate_request(fields)
+    bare = functools.partial(_bare, pipeline, validate_request(fields), pipeline.scheduler)
     lines = JobLines()
-    own_scheduler = pipeline.scheduler
-
-    def bare() -> None:
-        pipeline.scheduler = make_scheduler(request.scheduler, own_scheduler.config)
-        pipeline(
-            request.prompt,
-            negative_prompt=request.negative_prompt,
-            **sides,
-            num_inference_steps=options.steps,
-            guidance_scale=request.guidance_scale,
-            generator=torch.Generator(pipeline.device).manual_seed(1),
-        )
-        pipeline.scheduler = own_scheduler
 
     def through_the_handler() -> None:
         answer = handler.generate_image({"id": "bench", "input": fields})
@@ -131,45 +115,25 @@ def run_on(pipeline: Any, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _bare(pipeline: Any, request: GenerationRequest, own_scheduler: Any) -> None:
+    """The request as a script on diffusers would draw it."""
+    pipeline.scheduler = make_scheduler(request.scheduler, own_scheduler.config)
+    pipeline(
+        request.prompt,
+        negative_prompt=request.negative_prompt,
+        width=request.width,
+        height=request.height,
+        num_inference_steps=request.num_inference_steps,
+        guidance_scale=request.guidance_scale,
+        generator=torch.Generator(pipeline.device).manual_seed(1),
+    )
+    pipeline.scheduler = own_scheduler
+
+
 def _seconds(function: Any) -> float:
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
-
-
-def png_levels(side: int = 1024, repeats: int = 5) -> dict[str, dict[str, float]]:
-    """Milliseconds and bytes of PNG, JPEG and WebP encodings of one picture with the spectrum of a photograph."""
-    picture = _photograph_like(side)
-    encodings: dict[str, tuple[str, dict[str, Any]]] = {
-        f"png level {level}": ("PNG", {"compress_level": level}) for level in (0, 1, 2, 3, 4, 6, 9)
-    }
-    encodings |= {"jpeg quality 90": ("JPEG", {"quality": 90})}
-    encodings |= {f"webp quality 90, method {n}": ("WEBP", {"quality": 90, "method": n}) for n in (0, 2, 4)}
-    results = {}
-    for name, (format_name, options) in encodings.items():
-        times, size = [], 0
-        for _ in range(repeats):
-            buffer = io.BytesIO()
-            start = time.perf_counter()
-            picture.save(buffer, format_name, **options)
-            times.append(1000 * (time.perf_counter() - start))
-            size = len(buffer.getvalue())
-        results[name] = {"ms": statistics.median(times), "bytes": size}
-    return results
-
-
-def _photograph_like(side: int) -> Image.Image:
-    generator = np.random.default_rng(0)
-    frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(side), np.fft.fftfreq(side)))
-    frequency[0, 0] = 1
-    shared = generator.standard_normal((side, side))
-    channels = []
-    for _ in range(3):
-        noise = shared + 0.3 * generator.standard_normal((side, side))
-        channel = np.fft.ifft2(np.fft.fft2(noise) / frequency**1.5).real
-        channels.append(255 * (channel - channel.min()) / np.ptp(channel))
-    pixels = np.stack(channels, -1) + generator.normal(0, 1, (side, side, 3))
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
 def pipelining(jobs: int, concurrency: int, folder: Path) -> float:
