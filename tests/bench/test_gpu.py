@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 import handler
+from bench.drawings import PLOTS
 from bench.gpu import __main__ as command
 from bench.gpu import mixed, suite, utilisation
 from bench.gpu import runner as runner_module
@@ -26,7 +27,7 @@ from bench.gpu.runner import Runner
 from bench.gpu.store import FAILED, OK, Store
 from bench.gpu.suite import files_with_gpu_tests, measure
 from bench.gpu.summary import summary
-from bench.plots import PLOTS, draw_all
+from bench.plots import draw_all
 from schemas import validate_request
 from tests.support.readme import ROOT
 
