@@ -20,12 +20,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from bench.cold_workers import WORKERS, measure_workers
+from bench.file_server import server
 from bench.report import machine, table, write_result
 from download_weights import download_lora
 from sdxl_worker.assets.budget import Budget
@@ -34,60 +33,7 @@ from sdxl_worker.assets.fetch import fetch_to
 from sdxl_worker.settings import Settings
 from tests.support.download_files import lora_bytes
 
-WORKERS = 8
-RACE_MB = 200
 HITS = 1000
-
-
-class Handler(BaseHTTPRequestHandler):
-    """Sends one file with sendfile(2), so that the server costs little; /count answers how often it did."""
-
-    protocol_version = "HTTP/1.1"
-    file = Path()
-    sent = 0
-
-    def do_GET(self) -> None:
-        self.close_connection = True
-        if self.path == "/count":
-            self._start(len(str(Handler.sent)))
-            self.wfile.write(str(Handler.sent).encode())
-            return
-        Handler.sent += 1
-        with self.file.open("rb") as content:
-            self._start(os.fstat(content.fileno()).st_size)
-            self.connection.sendfile(content)
-
-    def _start(self, length: int) -> None:
-        self.send_response(200)
-        self.send_header("Content-Length", str(length))
-        self.send_header("Connection", "close")
-        self.end_headers()
-        self.wfile.flush()
-
-    def log_message(self, format: str, *arguments: Any) -> None:
-        """Say nothing."""
-
-
-def serve(file: Path) -> None:
-    """Print the port, then serve `file` for ever."""
-    Handler.file = file
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    sys.stdout.write(f"{server.server_port}\n")
-    sys.stdout.flush()
-    server.serve_forever()
-
-
-@contextmanager
-def server(file: Path) -> Iterator[str]:
-    """The origin of a server process for `file`."""
-    command = [sys.executable, "-m", "bench.cache", "--serve", str(file)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        yield f"http://127.0.0.1:{process.stdout.readline().strip()}"
-    finally:
-        process.kill()
-        process.wait()
 
 
 def seconds(action: Any, *arguments: Any) -> float:
@@ -179,64 +125,6 @@ def _traced(cache: Path, url: str, times: int) -> collections.Counter[str]:
     return collections.Counter(found)
 
 
-def measure_workers(folder: Path) -> dict[str, Any]:
-    """Cold start of WORKERS processes on one cache, against one process, and against one cache each; medians of 3."""
-    file = folder / "race.safetensors"
-    file.write_bytes(lora_bytes(megabytes=RACE_MB))
-    cases = {"one": (1, True), "shared": (WORKERS, True), "each its own": (WORKERS, False)}
-    seen: dict[str, list[tuple[float, int]]] = {name: [] for name in cases}
-    for _ in range(3):
-        for name, (workers, shared) in cases.items():
-            with server(file) as origin, tempfile.TemporaryDirectory(dir=folder) as scratch:
-                caches = [Path(scratch) / ("cache" if shared else str(index)) for index in range(workers)]
-                took = race(f"{origin}/race.safetensors", caches)
-                count = subprocess.run(["curl", "-s", f"{origin}/count"], capture_output=True, text=True, check=True)
-                seen[name].append((took, int(count.stdout)))
-    medians = {
-        name: {
-            "workers": cases[name][0],
-            "seconds": statistics.median(took for took, _ in runs),
-            "downloads": max(count for _, count in runs),
-            "runs": runs,
-        }
-        for name, runs in seen.items()
-    }
-    return {"megabytes": RACE_MB, **medians}
-
-
-def race(url: str, caches: list[Path]) -> float:
-    """Seconds until every worker has its file, from when all of them are ready."""
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    command = [sys.executable, "-m", "bench.cache", "--worker"]
-    workers: list[Any] = [subprocess.Popen([*command, str(cache), url], **pipes) for cache in caches]
-    for worker in workers:
-        assert worker.stdout.readline() == "ready\n"
-    start = time.perf_counter()
-    for worker in workers:
-        worker.stdin.write("go\n")
-        worker.stdin.flush()
-    for worker in workers:
-        assert worker.stdout.readline() == "done\n"
-    took = time.perf_counter() - start
-    assert [worker.wait() for worker in workers] == [0] * len(workers)
-    return took
-
-
-def worker(cache: Path, url: str) -> None:
-    """One process of the race, with everything imported that a worker has imported when a job comes."""
-    import runpod.serverless.utils.rp_ssrf
-    import torch
-
-    assert runpod is not None
-    torch.set_num_threads(1)
-    sys.stdout.write("ready\n")
-    sys.stdout.flush()
-    sys.stdin.readline()
-    download_lora(url, settings=Settings(lora_cache_dir=cache))
-    sys.stdout.write("done\n")
-    sys.stdout.flush()
-
-
 def report(results: dict[str, Any]) -> str:
     """The table of ratios."""
     taken, calls = results["hit"]["milliseconds"]["median"], results["hit"]["calls_per_hit"]
@@ -262,16 +150,11 @@ def main() -> None:
     parser.add_argument("--megabytes", type=float, default=1000)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--folder", type=Path, default=Path("/dev/shm"))
-    for internal in ("--serve", "--hits", "--worker"):
-        parser.add_argument(internal, nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--hits", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     os.environ["RUNPOD_ALLOW_PRIVATE_DOWNLOAD_URLS"] = "true"
-    if options.serve:
-        serve(Path(options.serve[0]))
-    elif options.hits:
+    if options.hits:
         hit(Path(options.hits[1]), options.hits[2], int(options.hits[0]))
-    elif options.worker:
-        worker(Path(options.worker[0]), options.worker[1])
     else:
         run(options)
 

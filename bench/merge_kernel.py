@@ -74,19 +74,21 @@ def run_on(pipeline: Any, options: argparse.Namespace) -> dict[str, Any]:
                 if engine._merger._fused is not fused:
                     failed[name] = "torch had to take over: the log says why"
             kept = kept and limit.bits_are_kept()
-    cases: dict[str, dict[str, Any]] = {name: {} for name in rows if name not in failed}
-    for name, count in seconds:
-        if name in cases:
-            taken = seconds[name, count]
-            ratio = spread([merge / copy for merge, copy in zip(taken["merge_s"], taken["copy_s"], strict=True)])
-            cases[name][str(count)] = {"copy_ratio": ratio, **{key: spread(each) for key, each in taken.items()}}
     return {
         "bits_kept": kept,
         "weights": len(limit.weights),
         "bytes": limit.moved_bytes // 4,
-        "cases": cases,
+        "cases": {name: _by_count(name, seconds) for name in rows if name not in failed},
         "failed": failed,
     }
+
+
+def _by_count(row: str, seconds: Mapping[tuple[str, int], Mapping[str, list[float]]]) -> dict[str, dict[str, Any]]:
+    cases = {}
+    for count, taken in ((count, taken) for (name, count), taken in seconds.items() if name == row):
+        ratio = spread([merge / copy for merge, copy in zip(taken["merge_s"], taken["copy_s"], strict=True)])
+        cases[str(count)] = {"copy_ratio": ratio, **{key: spread(each) for key, each in taken.items()}}
+    return cases
 
 
 def main() -> None:
