@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from sdxl_worker.assets.folder import temporary_file
+from sdxl_worker.background import in_background
 from sdxl_worker.errors import WorkerError
 from sdxl_worker.generate.batches import MIN_FREE_BYTES
 from sdxl_worker.generate.infotext import model_name
@@ -63,12 +64,27 @@ def check_model(pipeline: Callable[[], Any], drawing: Drawing = contextlib.nullc
     """The base model loads and renders; raises UnhealthyWorker. A model that is not numbers renders one colour."""
     try:
         resident = pipeline()
-        with drawing():
-            (picture,) = render(resident, PROBE, inputs=plain_inputs(resident, PROBE.width, PROBE.height))
+        inputs = plain_inputs(resident, PROBE.width, PROBE.height)
+        picture = _drawn(lambda: render(resident, PROBE, inputs=inputs), drawing)
     except (WorkerError, RuntimeError) as error:
         raise UnhealthyWorker(f"{error}. Change MODEL_ID or VAE_ID, or choose a larger GPU") from error
     if _is_empty(picture):
         raise UnhealthyWorker("the base model renders an empty picture: change MODEL_ID or VAE_ID")
+
+
+def _drawn(draw: Callable[[], list[Image.Image]], drawing: Drawing) -> Image.Image:
+    """The only picture of `draw`, in a thread that ends with it.
+
+    On a CPU each thread that draws gets OpenMP threads of its own: with those of the main thread, which draws nothing
+    later, there would be more than cores, and jobs would take twice as long.
+    """
+
+    def drawn() -> Image.Image:
+        with drawing():
+            (picture,) = draw()
+        return picture
+
+    return in_background(drawn, "fitness").result()
 
 
 def _is_empty(picture: Image.Image) -> bool:
@@ -88,8 +104,8 @@ def check_refiner(
         PROBE, image_url="a picture", refiner=loaded.name, refiner_inference_steps=2, strength=0.5
     )
     try:
-        with drawing():
-            (picture,) = render(resident, probe, inputs=start, refining=loaded.ready_for(probe))
+        refining = loaded.ready_for(probe)
+        picture = _drawn(lambda: render(resident, probe, inputs=start, refining=refining), drawing)
     except (WorkerError, RuntimeError, ValueError) as error:
         raise UnhealthyWorker(f"the refiner: {error}. Change REFINER_ID, or choose a larger GPU") from error
     if _is_empty(picture):

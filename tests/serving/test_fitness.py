@@ -1,6 +1,8 @@
 """Fitness checks pass on a good worker, and say what to change on a bad one."""
 
+import contextlib
 import errno
+import threading
 
 import pytest
 import torch
@@ -43,6 +45,22 @@ def test_a_model_that_renders_no_numbers(worker, monkeypatch):
     monkeypatch.setattr(vae, "decode", lambda *_, **__: (torch.full((1, 3, 64, 64), torch.nan),))
     with pytest.raises(UnhealthyWorker, match="MODEL_ID or VAE_ID"):
         check_model(lambda: worker.pipeline)
+
+
+def test_the_thread_that_draws_ends_with_the_check(worker):
+    """Its OpenMP threads would slow those of the jobs' thread: a picture on a queue took twice as long on two cores."""
+    drew = []
+
+    @contextlib.contextmanager
+    def drawing():
+        drew.append(threading.current_thread())
+        yield
+
+    check_model(lambda: worker.pipeline, drawing)
+    assert len(drew) == 1
+    assert drew[0] is not threading.current_thread()
+    drew[0].join(60)
+    assert not drew[0].is_alive()
 
 
 def test_an_inpainting_checkpoint_passes_with_a_picture_and_a_mask():
