@@ -21,17 +21,19 @@ def _stacks(axes: Any, stages: Mapping[str, Mapping[str, float]]) -> None:
     done = dict.fromkeys(stages, 0.0)
     for stage in dict.fromkeys(stage for one in stages.values() for stage in one):
         spent = {who: one.get(stage, 0.0) for who, one in stages.items()}
+        if not any(spent.values()):
+            continue
         label = stage.removesuffix("_s").replace("_", " ")
         axes.barh(list(spent), list(spent.values()), left=list(done.values()), label=label)
         done = {who: done[who] + spent[who] for who in stages}
     axes.invert_yaxis()
     axes.set_xlabel("seconds from process start to the first picture")
-    axes.legend(fontsize=9)
+    axes.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _goal(axes: Any, value: float) -> None:
     axes.axvline(value, color="tab:red", linestyle="--", label=f"goal {value:.3g}")
-    axes.legend(loc="lower right", fontsize=9)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), fontsize=9)
 
 
 def _whole_request(axes: Any, result: Mapping[str, Any]) -> None:

@@ -85,7 +85,7 @@ def _plot(file: Path, draw: Draw, result: Any, title: str, about: str, dry_run: 
         axes = plot.subplots()
         draw(axes, result)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.set_title(title, fontsize=11)
+        plot.suptitle(title, fontsize=11)
         plot.supxlabel(about, fontsize=8, color="0.4")
         if dry_run:
             plot.text(0.5, 0.5, "DRY RUN", fontsize=60, color="red", alpha=0.25, ha="center", va="center", rotation=25)
