@@ -34,7 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("job_run",),
     ("assets",),
-    ("kinds", "memory", "lora", "prompts", "topology"),
+    ("kinds", "memory", "transfers", "lora", "prompts", "topology"),
     ("generate",),
     ("serving",),
     ("resident", "drawing", "worker"),

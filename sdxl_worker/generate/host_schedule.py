@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from sdxl_worker.generate.transfers import sent
+from sdxl_worker.transfers import sent
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline

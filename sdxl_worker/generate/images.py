@@ -29,7 +29,7 @@ def pictures_in(pixels: torch.Tensor) -> list[Image.Image]:
     """The RGB pictures in `pixels` (n, 3, height, width), finite values from 0 to 1, as diffusers rounds them."""
     import torch
 
-    from sdxl_worker.generate.transfers import fetched
+    from sdxl_worker.transfers import fetched
 
     # Made whole numbers where they are: a quarter to copy, and no arithmetic for the CPU while the device waits.
     values = (pixels.float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from sdxl_worker.generate.transfers import fetched, reached
+from sdxl_worker.transfers import fetched, reached
 
 QUALITY = 70
 # The longer side of a decoded preview: some 30 kB, which every update carries.

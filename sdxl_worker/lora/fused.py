@@ -21,8 +21,9 @@ from torch import Tensor
 from sdxl_worker.lora.factors import CODES, MAX_ELEMENTS, Factors, Part, matrix_shape, part_rows
 from sdxl_worker.lora.formats.format import Change
 from sdxl_worker.lora.formats.low_rank import LowRank
+from sdxl_worker.transfers import sent
 
-_ALL_CODES = 7
+_ALL_CODES = sum(CODES.values())
 _CHECKED_RANK = 40
 
 
@@ -147,8 +148,7 @@ class FusedMerger:
         # The table in int64: eight columns for a module, then five for a part (`part_rows`), then each module's tiles.
         modules = np.column_stack([addresses, shapes, np.cumsum(tiles) - tiles, ends[:-1], ends[1:]])
         host = torch.from_numpy(np.concatenate([modules.ravel(), parts[:, 1:].ravel(), tiles]))
-        # Page-locked, or the host would wait for the stream.
-        table = (host.pin_memory() if like.is_cuda else host).to(like.device, non_blocking=True)
+        table = sent(host, like.device)
         total = int(tiles.sum())
         of_tile = torch.repeat_interleave(table[-len(tiles) :], output_size=total).int()
         self._run(table, of_tile, modules.size, variant)
