@@ -67,29 +67,31 @@ def render(
         if refining is not None:
             changes.enter_context(samplers.applied(refining.refiner.pipeline, request))
             passes = refining.passes(passes, request, inputs)
-        if request.cfg_end < 1 < request.guidance_scale:
-            calls = [unet_calls(step.view, _arguments(request, step)) for step in passes]
+        guidance_ends = request.cfg_end < 1 < request.guidance_scale
+        counted = passes if on_step or guidance_ends else ()
+        calls = [unet_calls(step.view, _arguments(request, step)) for step in counted]
+        if guidance_ends:
             passes = with_guidance_ending(passes, calls, request.cfg_end)
-        drawing = _Drawing(pipeline, request, passes, conditioning, on_step, before_step)
+        drawing = _Drawing(pipeline, request, passes, conditioning, sum(calls), on_step, before_step)
         return [mode.completed(picture, request, inputs) for picture in drawing.pictures()]
 
 
 @dataclass(frozen=True)
 class _Drawing:
-    """The passes of all batches of one request."""
+    """The passes of all batches of one request; `calls` are those of the UNet for one batch, counted for `on_step`."""
 
     pipeline: StableDiffusionXLPipeline
     request: GenerationRequest
     passes: Sequence[Pass]
     conditioning: prompts.Conditioning
+    calls: int
     on_step: StepCallback | None
     before_step: BeforeStep | None
 
     def pictures(self) -> list[Image]:
         """Every picture, one batch after the other."""
         pixels = math.prod(self.request.final_size)
-        calls = [unet_calls(step.view, _arguments(self.request, step)) for step in self.passes] if self.on_step else []
-        steps = Steps(sum(calls))
+        steps = Steps(self.calls)
 
         def draw(batch: Sequence[int], later: int) -> list[Image]:
             steps.begin(later)
