@@ -92,6 +92,7 @@ class Worker:
             if self.mode is not Mode.PRODUCTION:
                 raise
             logger.error("%s: %s", error.code, error)
+        # What loading has made stays for good as well.
         gc.collect()
         gc.freeze()
 

@@ -38,8 +38,10 @@ class HeadStart:
 
 def weight_files(model: BaseModel) -> list[Path]:
     """The files with the base model's weights, in the order in which diffusers loads the components."""
-    if model.path is None or model.kind == "file":
-        return [] if model.path is None else [model.path]
+    if model.path is None:
+        return []
+    if model.kind == "file":
+        return [model.path]
     names = [path.relative_to(model.path).as_posix() for path in model.path.rglob("*") if path.is_file()]
     return [model.path / name for name in needed_files(names) if name.endswith((".safetensors", ".bin"))]
 
