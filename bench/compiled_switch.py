@@ -13,7 +13,7 @@ import numpy as np
 
 from bench.compiled_state import Compiled, State, graphs
 from bench.instruments import Clock, spread
-from bench.lora_switch import write_loras
+from bench.lora_files import write_loras
 from bench.worker_sdxl import difference, request_of
 from sdxl_worker.generate.render import render
 from sdxl_worker.lora.engine import LoraEngine

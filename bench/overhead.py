@@ -29,7 +29,7 @@ import torch
 
 import handler
 from bench.encodings import png_levels
-from bench.instruments import spread
+from bench.instruments import Clock, spread
 from bench.models import random_pipeline
 from bench.report import machine, table, write_result
 from schemas import validate_request
@@ -86,7 +86,7 @@ def run_on(pipeline: Any, options: argparse.Namespace) -> dict[str, Any]:
     sides = {"width": options.size, "height": options.size}
     fields = {"prompt": "a lighthouse", **sides, "num_inference_steps": options.steps, "seed": 1}
     bare = functools.partial(_bare, pipeline, validate_request(fields), pipeline.scheduler)
-    lines = JobLines()
+    lines, clock = JobLines(), Clock(pipeline.device.type)
 
     def through_the_handler() -> None:
         answer = handler.generate_image({"id": "bench", "input": fields})
@@ -98,7 +98,7 @@ def run_on(pipeline: Any, options: argparse.Namespace) -> dict[str, Any]:
     with lines.collected():
         for number in range(options.repeats):
             first, second = (bare, through_the_handler) if number % 2 else (through_the_handler, bare)
-            times = {first: _seconds(first), second: _seconds(second)}
+            times = {first: clock.time(first), second: clock.time(second)}
             pairs.append((times[bare], times[through_the_handler]))
     ratios = [through / alone for alone, through in pairs]
     stages = {stage: statistics.median(values) for stage, values in lines.stages.items()}
@@ -128,12 +128,6 @@ def _bare(pipeline: Any, request: GenerationRequest, own_scheduler: Any) -> None
         generator=torch.Generator(pipeline.device).manual_seed(1),
     )
     pipeline.scheduler = own_scheduler
-
-
-def _seconds(function: Any) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
 
 
 def pipelining(jobs: int, concurrency: int, folder: Path) -> float:

@@ -8,14 +8,12 @@ from __future__ import annotations
 import argparse
 import base64
 import io
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from bench.compiled_state import Compiled
 from bench.gpu.requests import answered, fields, worker_with_loras
-from bench.instruments import spread
+from bench.instruments import Clock, spread
 from bench.worker_sdxl import GUIDANCE, SCHEDULER, bare, request_of
 
 AT_A_TIME = ("one at a time", "two at a time")
@@ -30,7 +28,7 @@ def measure(pipeline: Any, options: argparse.Namespace) -> dict[str, Any]:
         bare(pipeline, request).save(buffer, "PNG")
         base64.b64encode(buffer.getvalue())
 
-    compiled = Compiled(pipeline, options.backend)
+    clock, compiled = Clock(pipeline.device.type), Compiled(pipeline, options.backend)
     job = fields(options.size, options.steps, scheduler=SCHEDULER, guidance_scale=GUIDANCE)
     seconds: dict[str, list[float]] = {name: [] for name in ("worker-sdxl", *AT_A_TIME)}
     with worker_with_loras(pipeline, 0) as (worker, _):
@@ -44,19 +42,12 @@ def measure(pipeline: Any, options: argparse.Namespace) -> dict[str, Any]:
         with compiled.entered():
             two_at_a_time()
         for _ in range(options.repeats):
-            seconds["worker-sdxl"].append(_seconds(theirs))
+            seconds["worker-sdxl"].append(clock.time(theirs))
             with compiled.entered():
-                seconds["one at a time"].append(_seconds(lambda: answered(worker, job)))
-                seconds["two at a time"].append(_seconds(two_at_a_time) / 4)
+                seconds["one at a time"].append(clock.time(lambda: answered(worker, job)))
+                seconds["two at a time"].append(clock.time(two_at_a_time) / 4)
     base = spread(seconds["worker-sdxl"])["median"]
     return {
         "seconds_an_image": {name: spread(values) for name, values in seconds.items()},
         "ratio": {name: base / spread(seconds[name])["median"] for name in AT_A_TIME},
     }
-
-
-def _seconds(action: Callable[[], Any]) -> float:
-    # Both ways end in bytes in host memory: nothing is left to wait for.
-    started = time.perf_counter()
-    action()
-    return time.perf_counter() - started
