@@ -23,6 +23,7 @@ from sdxl_worker.generate.render import render
 from sdxl_worker.request import GenerationRequest
 from sdxl_worker.request.second_pass import Hires
 from sdxl_worker.settings import Settings
+from tests.support.latents import MASK, START, apart, drawn
 from tests.support.lora_files import weight_hash
 from tests.support.pictures import farthest, same
 from tests.support.plain_sdxl import Text, encoded
@@ -40,21 +41,6 @@ REQUEST = GenerationRequest(
 )
 # Shares of the largest latent: kernels for other batches round otherwise; other calculations differ so much.
 SAME, OTHER = 1e-5, 1e-3
-START = Image.linear_gradient("L").convert("RGB").resize((64, 64))
-MASK = Image.new("L", (64, 64), 0)
-MASK.paste(255, (13, 10, 45, 40))
-
-
-def drawn(pipeline: Any, request: GenerationRequest, **options: Any) -> torch.Tensor:
-    """The latents that the request's pictures are decoded from: they show more than a random VAE's pictures do."""
-    last: list[torch.Tensor] = []
-    render(pipeline, request, on_step=lambda _step, _total, latents: last.append(latents), **options)
-    return last[-1]
-
-
-def apart(first: torch.Tensor, second: torch.Tensor) -> float:
-    """The largest difference, as a share of the largest value."""
-    return float((first - second).abs().max() / first.abs().max())
 
 
 def unet_by_hand(

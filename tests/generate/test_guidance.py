@@ -11,7 +11,6 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from PIL import Image
 
 from sdxl_worker import topology
 from sdxl_worker.errors import Cancelled
@@ -19,13 +18,14 @@ from sdxl_worker.generate import batches
 from sdxl_worker.generate.guidance import with_guidance_ending
 from sdxl_worker.generate.inpaint import made_ready
 from sdxl_worker.generate.modes import Pass
-from sdxl_worker.generate.refiner import Refiner, load_refiner
+from sdxl_worker.generate.refiner import Refiner
 from sdxl_worker.generate.render import render
 from sdxl_worker.request import GenerationRequest
 from sdxl_worker.request.second_pass import Hires
-from sdxl_worker.settings import Settings
+from tests.support.latents import MASK, START, apart, drawn
 from tests.support.pictures import same
 from tests.support.plain_sdxl import encoded
+from tests.support.vivid import listening, made_vivid
 
 GUIDANCE = 20.0
 REQUEST = GenerationRequest(
@@ -41,32 +41,15 @@ REQUEST = GenerationRequest(
 )
 # Shares of the largest latent: kernels for other batches round otherwise; pictures without the end differ so much.
 SAME, OTHER = 1e-4, 1e-3
-START = Image.linear_gradient("L").convert("RGB").resize((64, 64))
-MASK = Image.new("L", (64, 64), 0)
-MASK.paste(255, (13, 10, 45, 40))
 
 
 @pytest.fixture(scope="module")
 def vivid() -> tuple[Any, Refiner]:
     """A tiny SDXL and its refiner, on whose pictures every word and the guidance show."""
     base = topology.build_sdxl()
-    return base, _made_vivid(base)
-
-
-def _made_vivid(base: Any) -> Refiner:
-    base.set_progress_bar_config(disable=True)
-    refiner = load_refiner(Settings(refiner_id="tiny"), base)
-    assert refiner is not None
-    with torch.no_grad():
-        for encoder in (base.text_encoder, base.text_encoder_2):
-            encoder.get_input_embeddings().weight.mul_(20)
-        for unet in (base.unet, refiner.pipeline.unet):
-            for name, module in unet.named_modules():
-                if name.endswith("attn2.to_v"):
-                    module.get_parameter("weight").mul_(40)
-    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
-        getattr(base, name).eval().requires_grad_(False)
-    return refiner
+    refiner = made_vivid(base)
+    listening(base.unet)
+    return base, refiner
 
 
 @pytest.fixture
@@ -79,18 +62,6 @@ def pipeline(vivid) -> Any:
 def refiner(vivid) -> Refiner:
     """The refiner on `pipeline`."""
     return vivid[1]
-
-
-def drawn(pipeline: Any, request: GenerationRequest, **options: Any) -> torch.Tensor:
-    """The latents that the request's pictures are decoded from: they show more than a random VAE's pictures do."""
-    last: list[torch.Tensor] = []
-    render(pipeline, request, on_step=lambda _step, _total, latents: last.append(latents), **options)
-    return last[-1]
-
-
-def apart(first: torch.Tensor, second: torch.Tensor) -> float:
-    """The largest difference, as a share of the largest value."""
-    return float((first - second).abs().max() / first.abs().max())
 
 
 @torch.no_grad()
@@ -217,7 +188,8 @@ def test_image_to_image_counts_the_steps_that_it_makes(pipeline):
 def test_inpainting(channels: int, pipeline):
     if channels == 9:
         pipeline = topology.build_sdxl(in_channels=9)
-        _made_vivid(pipeline)
+        made_vivid(pipeline)
+        listening(pipeline.unet)
     request = replace(
         REQUEST, image_url="https://a/b.png", mask_url="https://a/c.png", strength=1.0, num_images=2, mask_blur=0.0
     )

@@ -26,6 +26,7 @@ from tests.support.lora_files import kohya, lora, save, weight_hash, whole_unet
 from tests.support.pictures import farthest, same
 from tests.support.plain_sdxl import Chunks, Text, encoded
 from tests.support.single_file import save_single_file
+from tests.support.vivid import made_vivid
 
 SAMPLERS = [
     ("K_EULER", "EulerDiscreteScheduler"),
@@ -57,21 +58,11 @@ TOP: dict[str, Any] = {"num_inference_steps": 10, "strength": 0.3}
 def vivid() -> tuple[Any, Refiner]:
     """A tiny SDXL and its refiner, on whose pictures every word and weight shows."""
     base = topology.build_sdxl()
-    base.set_progress_bar_config(disable=True)
-    refiner = load_refiner(Settings(refiner_id="tiny"), base)
-    assert refiner is not None
+    refiner = made_vivid(base)
+    embedding = refiner.pipeline.unet.add_embedding
     with torch.no_grad():
-        embedding = refiner.pipeline.unet.add_embedding
         for layer in (embedding.linear_1, embedding.linear_2):
             layer.weight.mul_(4)
-        for name, module in refiner.pipeline.unet.named_modules():
-            # Queries and keys stay: softmax over larger ones would make noise of the last bit.
-            if name.endswith("attn2.to_v"):
-                module.get_parameter("weight").mul_(40)
-        for encoder in (base.text_encoder, base.text_encoder_2):
-            encoder.get_input_embeddings().weight.mul_(20)
-    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
-        getattr(base, name).eval().requires_grad_(False)
     return base, refiner
 
 
